@@ -1,0 +1,83 @@
+"""Where records come from and how their columns are read."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Union
+
+from pydantic import Discriminator, Field, NonNegativeInt, PositiveInt, Tag
+
+from align.spec.base import Settings, cosmetic
+
+Format = Literal["text", "alpaca", "messages", "sharegpt", "prompt_completion", "pairs", "prompts"]
+
+RECORDS_OF_FORMAT: dict[str, str] = {
+    "text": "text",
+    "alpaca": "conversation",
+    "messages": "conversation",
+    "sharegpt": "conversation",
+    "prompt_completion": "conversation",
+    "pairs": "pair",
+    "prompts": "prompt",
+}
+"""The record type each format is read as. A conversation or a pair also serves where a prompt is wanted."""
+
+
+class DataSettings(Settings):
+    """What all sources share."""
+
+    format: Format
+    columns: dict[str, str] = Field(default_factory=dict)
+    """field of the format -> column of the file, where they differ: {instruction: question}."""
+    skip: NonNegativeInt = 0
+    """Rows of the source to leave out at the start."""
+    limit: PositiveInt | None = None
+    """Rows of the source to read at most, after `skip`."""
+    system: str | None = None
+    """A system message put before every conversation that has none."""
+    max_bad_rows: float = Field(default=0.01, ge=0.0, le=1.0)
+    """Share of malformed rows (quarantined) above which the run stops with exit code 3."""
+
+
+class FileData(DataSettings):
+    """A JSON, JSONL, Parquet or CSV file; `.gz` is understood."""
+
+    path: str = cosmetic()
+    """Path of the file, relative to the recipe; the content is hashed, not the path."""
+
+
+class HubData(DataSettings):
+    """A data set of the Hugging Face Hub."""
+
+    hub: str
+    split: str = "train"
+    revision: str | None = None
+    subset: str | None = None
+
+
+class GeneratedData(DataSettings):
+    """Rows made by a registered generator (entry point group `align.generators`)."""
+
+    generator: str
+    """Name of the generator."""
+    part: str
+    """Which of its parts."""
+    rows: PositiveInt
+    seed: NonNegativeInt = 0
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Settings of the generator itself; it rejects what it does not know."""
+
+
+def _source(value: Any) -> str | None:
+    keys = value if isinstance(value, dict) else getattr(value, "model_fields_set", ())
+    return next((key for key in ("path", "hub", "generator") if key in keys), "path")
+
+
+DataSource = Annotated[
+    Union[
+        Annotated[FileData, Tag("path")],
+        Annotated[HubData, Tag("hub")],
+        Annotated[GeneratedData, Tag("generator")],
+    ],
+    Discriminator(_source),
+]
+"""One entry of `data`: told apart by its key `path`, `hub` or `generator`."""

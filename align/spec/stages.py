@@ -1,0 +1,87 @@
+"""Base classes of stages, and the kinds that do not train."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+
+from align.spec.base import DataRef, HubAdapter, PolicyRef, Produces, Settings, StageRef, cosmetic
+from align.spec.model import ModelOverride
+from align.spec.train import LaunchSettings, TrainSettings
+
+
+class Stage(Settings):
+    """One node of the graph."""
+
+    version: ClassVar[int] = 1
+    """Part of the fingerprint; raised when the kind's results change."""
+    produces: ClassVar[Produces]
+
+
+class TrainedStage(Stage):
+    """A stage that trains a policy."""
+
+    produces = "policy"
+    train: TrainSettings = TrainSettings()
+    launch: LaunchSettings | None = cosmetic(None)
+    """Overrides the recipe's `launch`."""
+
+
+class PolicyStage(TrainedStage):
+    """A stage that trains an existing model: the recipe's base, a parent stage's policy, or somebody's adapter."""
+
+    model: ModelOverride | None = None
+    """Overrides fields of the recipe's `model`."""
+    policy: PolicyRef | HubAdapter | None = None
+    """Where the policy starts: a stage, an adapter made elsewhere, or (absent) the base with a fresh adapter."""
+
+
+class TokensStage(PolicyStage):
+    """A stage on sequences with a mask of trained tokens."""
+
+    data: Annotated[str, DataRef(("conversation", "text"))]
+
+
+class PairedStage(PolicyStage):
+    """A stage on pairs of a chosen and a rejected completion."""
+
+    data: Annotated[str, DataRef(("pair",))]
+
+
+class Referenced(Settings):
+    """Mixed into the stages of methods that take log-ratios against a frozen policy."""
+
+    reference: PolicyRef
+    """The frozen policy: a stage, declared and never guessed (adapters off is the base, not the SFT policy)."""
+
+
+class GenerationSettings(Settings):
+    """How completions are drawn."""
+
+    max_new_tokens: PositiveInt = 128
+    temperature: NonNegativeFloat = 1.0
+    """0 is greedy."""
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    seed: NonNegativeInt = 0
+    batch_size: PositiveInt = cosmetic(64)
+
+
+class CompareStage(Stage):
+    """Judges several policies on the same held-out prompts, with bootstrap intervals."""
+
+    kind: Literal["compare"] = "compare"
+    produces = "comparison"
+    candidates: Annotated[list[Annotated[str, StageRef("policy")]], Field(min_length=1)]
+    baseline: PolicyRef
+    """The candidate that win rates and KL are taken against."""
+    prompts: Annotated[str, DataRef(("prompt", "conversation", "pair"))]
+    """Held-out prompts."""
+    scorers: list[str] = Field(default_factory=list)
+    """Names of registered scorers (entry point group `align.scorers`); the first decides win rates."""
+    generation: GenerationSettings = GenerationSettings()
+    confidence: float = Field(default=0.95, gt=0.5, lt=1.0)
+    resamples: PositiveInt = 2000
+    """Bootstrap resamples over prompts."""
+    show: PositiveInt = cosmetic(6)
+    """Prompts shown with every candidate's answer."""

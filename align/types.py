@@ -1,0 +1,152 @@
+"""What a method sees and what it returns. Shape letters: B examples, K candidates, T tokens, N units of a term.
+
+A method is a pure function ``(logps, config) -> LossOutput``. It receives log-probabilities that are already summed over
+the completion mask, in fp32, and returns *terms*: sums and weights, never a mean. The step divides by the weight of the
+whole optimizer step, over all packs and ranks, so the loss does not depend on how examples were packed or spread.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+
+class Batch(str, Enum):
+    """What one example of a method is made of. A new batch kind is a design change; a new loss never is."""
+
+    TOKENS = "tokens"
+    """One sequence with a mask of trained tokens."""
+    PAIRED = "paired"
+    """One prompt, a chosen and a rejected completion."""
+
+    @property
+    def completions(self) -> int:
+        """Completions per example."""
+        return 2 if self is Batch.PAIRED else 1
+
+
+class Needs(str, Enum):
+    """What a method asks the engine to compute."""
+
+    LOGPS = "logps"
+
+
+@dataclass(frozen=True)
+class Logps:
+    """Log-probabilities of B completions.
+
+    Attributes:
+        total: [B] sum of the log-probabilities of the trained tokens, in nats, fp32.
+        length: [B] number of trained tokens.
+    """
+
+    total: Tensor
+    length: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        """[B] nats per token."""
+        return self.total / self.length.clamp(min=1)
+
+    def detach(self) -> Logps:
+        return Logps(self.total.detach(), self.length)
+
+
+@dataclass(frozen=True)
+class TokensLogps:
+    """A TOKENS batch: `policy` [B] and the row weights [B]."""
+
+    policy: Logps
+    weight: Tensor
+
+
+@dataclass(frozen=True)
+class PairedLogps:
+    """A PAIRED batch: chosen and rejected share their prompt token by token.
+
+    Attributes:
+        chosen: Policy log-probabilities of the preferred completions, [B].
+        rejected: The same for the dispreferred ones, [B].
+        weight: [B] weight of each pair (1 unless the data says otherwise).
+        reference: The reference model's log-probabilities of the same pairs, without gradient; None for a method that
+            declared ``reference=False``.
+    """
+
+    chosen: Logps
+    rejected: Logps
+    weight: Tensor
+    reference: PairedLogps | None = None
+
+
+@dataclass(frozen=True)
+class Term:
+    """One summand of a loss: ``coefficient * sum(sum) / sum(weight)`` over the whole optimizer step.
+
+    Attributes:
+        sum: [N] numerators, one per unit (example, pair or token).
+        weight: [N] denominators. They may depend on lengths and data, never on log-probabilities: the step needs the
+            total before the first backward.
+        coefficient: Factor of the term in the loss.
+    """
+
+    sum: Tensor
+    weight: Tensor
+    coefficient: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.sum.shape != self.weight.shape:
+            raise ValueError(f"Term.sum {tuple(self.sum.shape)} and Term.weight {tuple(self.weight.shape)} differ")
+
+    @property
+    def value(self) -> Tensor:
+        """The term over these units alone, as a scalar."""
+        return self.coefficient * self.sum.sum() / self.weight.sum().clamp(min=torch.finfo(torch.float32).tiny)
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """What a method returns.
+
+    Attributes:
+        terms: The summands of the loss by name.
+        metrics: Detached quantities to log, as terms of their own units (``sum / weight`` is what is logged).
+    """
+
+    terms: dict[str, Term]
+    metrics: dict[str, Term] = field(default_factory=dict)
+
+    @classmethod
+    def of_examples(
+        cls, loss: Tensor, *, weight: Tensor | None = None, metrics: dict[str, Tensor] | None = None
+    ) -> LossOutput:
+        """A loss with one value per example, averaged over examples.
+
+        Args:
+            loss: [B] loss of each example.
+            weight: [B] weight of each example; 1 if absent.
+            metrics: name -> [B] values, averaged with weight 1.
+        """
+        weight = torch.ones_like(loss) if weight is None else weight.to(loss.dtype)
+        return cls({"loss": Term(loss * weight, weight)}, example_metrics(metrics or {}))
+
+    @property
+    def loss(self) -> Tensor:
+        """The loss of this batch taken alone."""
+        return torch.stack([term.value for term in self.terms.values()]).sum()
+
+
+def example_metrics(values: dict[str, Tensor]) -> dict[str, Term]:
+    """Turn [B] values into metrics that are averaged over examples."""
+    return {name: Term(v.detach().float(), torch.ones_like(v, dtype=torch.float32)) for name, v in values.items()}
+
+
+def map_logps(batch, function):
+    """Apply `function` to every tensor of a (nested) logps dataclass and build it anew."""
+    if isinstance(batch, Tensor):
+        return function(batch)
+    if batch is None:
+        return None
+    return type(batch)(**{f.name: map_logps(getattr(batch, f.name), function) for f in fields(batch)})
