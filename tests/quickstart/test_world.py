@@ -1,0 +1,137 @@
+"""The world's tables: reproducible, disjoint, ordered by quality, and strict about options."""
+
+import hashlib
+import json
+from itertools import islice, pairwise
+from statistics import mean
+
+import pytest
+
+from align.errors import RecipeError
+from align.quickstart.gold import GoldReward
+from align.quickstart.prompts import parse
+from align.quickstart.world import MAX_HELDOUT, SMALLEST_GAP, FilmReviews
+
+WORLD = FilmReviews()
+COLUMNS = {
+    "prompt_completion": ["prompt", "completion"],
+    "pairs": ["prompt", "chosen", "rejected"],
+    "prompts": ["prompt"],
+}
+DIGESTS = {
+    "corpus": (1, "51e18ac3c7b492c4"),
+    "demonstrations": (1, "be51b08b3f9aef73"),
+    "preferences": (1, "1847402e0736c751"),
+    "heldout": (1, "c0282faa87d47a5a"),
+}
+score = GoldReward().score
+
+
+def table(part, rows=400, seed=0, **options):
+    return list(WORLD.generate(part, rows, seed, options))
+
+
+def combinations(rows):
+    tasks = (parse(row["prompt"]) for row in rows)
+    return {(task.title, task.tone, frozenset(task.features)) for task in tasks}
+
+
+def gap(row):
+    return score(row["prompt"], row["chosen"]) - score(row["prompt"], row["rejected"])
+
+
+@pytest.mark.parametrize("part", WORLD.parts)
+def test_a_part_is_a_function_of_its_seed(part):
+    rows = table(part, rows=50)
+    assert rows == table(part, rows=50)
+    assert rows != table(part, rows=50, seed=1)
+    assert rows[:20] == table(part, rows=20)
+    assert [list(row) for row in rows] == [COLUMNS[WORLD.parts[part]]] * 50
+
+
+@pytest.mark.parametrize("part", WORLD.parts)
+def test_output_is_that_of_the_declared_version(part):
+    """A change of output must bump `FilmReviews.version` (stored stages hang on it) and renew these digests."""
+    digest = hashlib.sha256(json.dumps(table(part, rows=20)).encode()).hexdigest()[:16]
+    assert (WORLD.version, digest) == DIGESTS[part]
+
+
+def test_parts_share_no_random_stream():
+    prompts = {part: [row["prompt"] for row in table(part, rows=50)] for part in WORLD.parts}
+    assert not any(len(set(prompts[a]) & set(prompts[b])) > 5 for a in prompts for b in prompts if a < b)
+
+
+def test_heldout_combinations_appear_in_no_training_part_whatever_the_seed():
+    heldout = combinations(table("heldout", rows=MAX_HELDOUT)) | combinations(table("heldout", rows=400, seed=7))
+    for part in ("corpus", "demonstrations", "preferences"):
+        for seed in (0, 7, 8):
+            assert heldout.isdisjoint(combinations(table(part, rows=2000, seed=seed)))
+
+
+def test_heldout_prompts_never_repeat_a_combination():
+    assert len(combinations(table("heldout", rows=MAX_HELDOUT))) == MAX_HELDOUT
+
+
+def test_gold_rises_from_corpus_to_demonstrations_to_chosen():
+    pairs = table("preferences", rows=1000, label_noise=0.0)
+    means = [
+        mean(score(row["prompt"], row["completion"]) for row in table("corpus", rows=1000)),
+        mean(score(row["prompt"], row["completion"]) for row in table("demonstrations", rows=1000)),
+        mean(score(row["prompt"], row["chosen"]) for row in pairs),
+    ]
+    assert all(higher - lower > 0.1 for lower, higher in pairwise(means)), means
+    assert means[0] > 0.1
+    assert means[-1] < 0.9
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1, 0.3])
+def test_labels_are_flipped_at_the_rate_asked_for(noise):
+    flips = mean(gap(row) < 0 for row in table("preferences", rows=2000, label_noise=noise))
+    assert flips == pytest.approx(noise, abs=0.03 if noise else 0.0)
+
+
+def test_no_pair_is_a_tie():
+    assert all(abs(gap(row)) >= SMALLEST_GAP for row in table("preferences", rows=1000))
+
+
+def test_shuffled_labels_carry_no_signal():
+    gaps = [gap(row) for row in table("preferences", rows=2000, shuffle_labels=True)]
+    assert mean(value > 0 for value in gaps) == pytest.approx(0.5, abs=0.04)
+    assert mean(gaps) == pytest.approx(0.0, abs=0.03)
+
+
+def test_labelling_leaves_the_texts_alone():
+    texts = [
+        [(row["prompt"], {row["chosen"], row["rejected"]}) for row in table("preferences", rows=100, **options)]
+        for options in ({}, {"label_noise": 0.4}, {"shuffle_labels": True})
+    ]
+    assert texts[0] == texts[1] == texts[2]
+
+
+def test_longer_is_not_better():
+    """Length must not be the shortcut by which a method learns the labels."""
+    longer = mean(len(row["chosen"]) > len(row["rejected"]) for row in table("preferences", rows=2000, label_noise=0.0))
+    assert 0.35 < longer < 0.65
+
+
+@pytest.mark.parametrize(
+    ("part", "rows", "options", "message"),
+    [
+        ("novels", 1, {}, "no part 'novels'"),
+        ("corpus", 0, {}, "rows is 0"),
+        ("corpus", 1, {"label_noise": 0.1}, "ignores label_noise"),
+        ("heldout", 1, {"shuffle_labels": True}, "ignores shuffle_labels"),
+        ("heldout", MAX_HELDOUT + 1, {}, "held-out prompts asked for"),
+        ("preferences", 1, {"noise": 0.1}, "option noise"),
+        ("preferences", 1, {"label_noise": 0.5}, "option label_noise = 0.5"),
+        ("preferences", 1, {"label_noise": 0.2, "shuffle_labels": True}, "no effect"),
+    ],
+)
+def test_a_wrong_request_is_refused_before_the_first_row(part, rows, options, message):
+    with pytest.raises(RecipeError, match=message) as caught:
+        WORLD.generate(part, rows, 0, options)
+    assert caught.value.fix
+
+
+def test_rows_come_lazily():
+    assert len(list(islice(WORLD.generate("corpus", 10**9, 0, {}), 3))) == 3
