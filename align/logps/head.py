@@ -1,0 +1,73 @@
+"""Log-probabilities of the trained tokens, from hidden states at their positions only.
+
+Logits of B x T x V never exist: the head sees the N states that predict a trained token, a tile at a time, and a tile's
+logits are computed again in the backward pass. Shape letters: N trained tokens, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from align.errors import TrainingError
+from align.logps.pack import Pack
+
+TILE_ELEMENTS = 2**24
+"""Most logits (tokens x vocabulary) that exist at once: 64 MiB in fp32."""
+
+
+def token_logps(causal_lm: Any, pack: Pack) -> Tensor:
+    """[N] log-probabilities of the trained tokens of a pack, in nats, fp32.
+
+    No attention mask is passed: rows are padded on the right, so it would not change a real token, and without it the fast
+    causal kernel is used.
+    """
+    hidden = causal_lm.model(input_ids=pack.input_ids, use_cache=False).last_hidden_state
+    hidden = hidden.flatten(0, 1)
+    if pack.targets.numel() == 0:
+        # Touch body and head, so that every trained parameter takes part in the backward pass of every rank.
+        return causal_lm.lm_head(hidden[:1]).float().sum(-1)[:0]
+    states = hidden.index_select(0, pack.positions)
+    tile = max(1, TILE_ELEMENTS // causal_lm.config.get_text_config().vocab_size)
+    if len(states) <= tile or not torch.is_grad_enabled():
+        tiles = [_tile(causal_lm.lm_head, h, y) for h, y in _tiles(states, pack.targets, tile)]
+    else:
+        tiles = [
+            checkpoint(_tile, causal_lm.lm_head, h, y, use_reentrant=False) for h, y in _tiles(states, pack.targets, tile)
+        ]
+    return torch.cat(tiles)
+
+
+def _tiles(states: Tensor, targets: Tensor, tile: int):
+    return zip(states.split(tile), targets.split(tile), strict=True)
+
+
+def _tile(lm_head: Any, states: Tensor, targets: Tensor) -> Tensor:
+    return -F.cross_entropy(lm_head(states).float(), targets, reduction="none")
+
+
+def check_head(causal_lm: Any) -> None:
+    """Prove on a few tokens that body + head gives what the model's own forward gives.
+
+    Some models scale or cap their logits after the head; training them through the bare head would be silently wrong.
+
+    Raises:
+        TrainingError: If the two disagree.
+    """
+    device = next(causal_lm.parameters()).device
+    ids = torch.arange(1, 9, device=device).unsqueeze(0) % causal_lm.config.get_text_config().vocab_size
+    with torch.no_grad():
+        own = causal_lm.lm_head(causal_lm.model(input_ids=ids, use_cache=False).last_hidden_state).float()
+        full = causal_lm(input_ids=ids, use_cache=False).logits.float()
+    if not torch.allclose(own, full, rtol=1e-3, atol=1e-3):
+        kind = causal_lm.config.model_type
+        raise TrainingError(
+            f"models of type {kind!r} change their logits after the head (by {float((own - full).abs().max()):.3g}), "
+            "which the log-prob engine does not reproduce",
+            where="model.base",
+            fix="use a model whose logits are lm_head(hidden states), such as Llama, Qwen or Mistral",
+        )

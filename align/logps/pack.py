@@ -1,0 +1,113 @@
+"""Packs: the examples of one forward pass, cut by token budget.
+
+A pack lists, for every trained token, which hidden state predicts it and which completion it belongs to. Nothing after
+this file knows how completions were laid out in rows. Shape letters: R rows, T padded row length, C completions, N trained
+tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from align.data.chat import Completion, Example
+from align.types import Logps
+
+PAD_ID = 0
+"""Any id will do: rows are padded on the right, so causal attention never lets a real token see the padding."""
+
+
+@dataclass(frozen=True)
+class Pack:
+    """One forward pass.
+
+    Attributes:
+        input_ids: [R, T] token ids, padded on the right.
+        positions: [N] index into the flattened [R * T] hidden states of the state that predicts each trained token.
+        targets: [N] the trained tokens.
+        owner: [N] the completion each trained token belongs to, counted over the pack.
+        completions: C, how many completions the pack holds.
+        examples: Which of the given examples are in the pack, in order.
+    """
+
+    input_ids: Tensor
+    positions: Tensor
+    targets: Tensor
+    owner: Tensor
+    completions: int
+    examples: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Positions computed by the forward pass, padding included."""
+        return self.input_ids.numel()
+
+    def to(self, device: torch.device) -> Pack:
+        moved = (t.to(device, non_blocking=True) for t in (self.input_ids, self.positions, self.targets, self.owner))
+        return Pack(*moved, completions=self.completions, examples=self.examples)
+
+    def sum_by_completion(self, values: Tensor) -> Logps:
+        """Sum [N] log-probabilities of trained tokens to [C] totals and lengths, in fp32."""
+        zeros = torch.zeros(self.completions, dtype=torch.float32, device=values.device)
+        total = zeros.index_add(0, self.owner, values.float())
+        length = zeros.index_add(0, self.owner, torch.ones_like(values, dtype=torch.float32))
+        return Logps(total, length)
+
+    def lengths(self) -> Tensor:
+        """[C] trained tokens of each completion."""
+        return torch.bincount(self.owner, minlength=self.completions).float()
+
+
+def pack_examples(examples: Sequence[Example], pack_tokens: int) -> list[Pack]:
+    """Cut examples into packs of at most `pack_tokens` padded tokens, longest first.
+
+    All completions of an example stay in one pack, because a loss may need them together. An example that is larger than
+    the budget gets a pack of its own. The result depends on the examples alone, never on their order in time.
+    """
+    size = [max(_row_length(e, c) for c in e.completions) for e in examples]
+    order = sorted(range(len(examples)), key=lambda i: (-size[i], i))
+    packs: list[Pack] = []
+    group: list[int] = []
+    rows = width = 0
+    for i in order:
+        k = len(examples[i].completions)
+        if group and (rows + k) * width > pack_tokens:
+            packs.append(_lay_out(examples, group))
+            group, rows = [], 0
+        if not group:
+            width = size[i]
+        group.append(i)
+        rows += k
+    if group:
+        packs.append(_lay_out(examples, group))
+    return packs
+
+
+def empty_pack(completions: int) -> Pack:
+    """A pack that owns no trained token: it keeps ranks in step (ZeRO-3 needs equal forward counts) and adds nothing."""
+    none = torch.zeros(0, dtype=torch.long)
+    return Pack(torch.full((1, 2), PAD_ID), none, none, none, completions, ())
+
+
+def _row_length(example: Example, completion: Completion) -> int:
+    return len(example.prompt_ids) + len(completion.ids)
+
+
+def _lay_out(examples: Sequence[Example], group: list[int]) -> Pack:
+    rows = [(examples[i], c) for i in group for c in examples[i].completions]
+    width = max(_row_length(e, c) for e, c in rows)
+    input_ids = torch.full((len(rows), width), PAD_ID)
+    positions, targets, owner = [], [], []
+    for r, (example, completion) in enumerate(rows):
+        ids = example.prompt_ids + completion.ids
+        input_ids[r, : len(ids)] = torch.tensor(ids)
+        start = len(example.prompt_ids)
+        trained = [t for t, on in enumerate(completion.mask) if on]
+        positions.extend(r * width + start + t - 1 for t in trained)
+        targets.extend(completion.ids[t] for t in trained)
+        owner.extend([r] * len(trained))
+    as_long = lambda values: torch.tensor(values, dtype=torch.long)  # noqa: E731
+    return Pack(input_ids, as_long(positions), as_long(targets), as_long(owner), len(rows), tuple(group))

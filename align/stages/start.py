@@ -1,0 +1,87 @@
+"""Where a policy stage starts from, and where its reference is: lineage turned into folders and roles."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from align.artifacts.manifest import PolicyRecord
+from align.artifacts.store import Store
+from align.errors import RecipeError
+from align.spec.base import HubAdapter
+from align.spec.job import Job
+from align.spec.model import ModelSettings
+from align.spec.stages import PolicyStage, Referenced
+
+
+@dataclass(frozen=True)
+class Start:
+    """A base and maybe an adapter on it.
+
+    Attributes:
+        base: Folder or Hub name that the base is loaded from.
+        base_name: What the manifest calls it: a fingerprint, a folder or a Hub name.
+        base_kind: Which of the three.
+        revision: Hub revision of the base.
+        adapter: Folder or Hub name of the adapter, or None.
+    """
+
+    base: str
+    base_name: str
+    base_kind: Literal["stage", "path", "hub"]
+    revision: str | None = None
+    adapter: str | None = None
+
+    def record(self, model: ModelSettings, adapter: bool) -> PolicyRecord:
+        """What the manifest of a policy trained from here says of its model."""
+        return PolicyRecord(
+            base=self.base_name, base_kind=self.base_kind, revision=self.revision, adapter=adapter, model=model
+        )
+
+
+def base_folder(store: Store, fingerprint: str) -> Path:
+    """The model folder in the artifact of a stage that was trained in full, or merged."""
+    return store.get(fingerprint).folder / "model"
+
+
+def of_stage(store: Store, fingerprint: str) -> Start:
+    """The start that a finished policy stage offers."""
+    artifact = store.get(fingerprint)
+    record = artifact.manifest.policy
+    if record is None:
+        raise RecipeError(f"stage {artifact.manifest.stage!r} produced no policy")
+    if not record.adapter:
+        return Start(str(artifact.folder / "model"), fingerprint, "stage")
+    adapter = str(artifact.folder / "adapter")
+    if record.base_kind == "stage":
+        return Start(str(base_folder(store, record.base)), record.base, "stage", None, adapter)
+    return Start(record.base, record.base, record.base_kind, record.revision, adapter)
+
+
+def of_model(job: Job, model: ModelSettings, store: Store) -> Start:
+    """The start that the recipe's model offers: its base, with no adapter yet."""
+    if model.base in job.inputs:
+        return of_stage(store, job.inputs[model.base])
+    for folder in (Path(job.folder) / model.base, Path(model.base)):
+        if folder.is_dir():
+            return Start(str(folder.resolve()), str(folder.resolve()), "path")
+    return Start(model.base, model.base, "hub", model.revision)
+
+
+def of_policy(job: Job, settings: PolicyStage, store: Store) -> Start:
+    """Where the stage's own policy starts."""
+    assert job.model is not None
+    if isinstance(settings.policy, str):
+        return of_stage(store, job.inputs[settings.policy])
+    start = of_model(job, job.model, store)
+    if isinstance(settings.policy, HubAdapter):
+        local = Path(job.folder) / settings.policy.adapter
+        adapter = str(local.resolve()) if local.is_dir() else settings.policy.adapter
+        return Start(start.base, start.base_name, start.base_kind, start.revision, adapter)
+    return start
+
+
+def of_reference(job: Job, settings: Referenced, store: Store) -> Start:
+    """Where the stage's reference is."""
+    return of_stage(store, job.inputs[settings.reference])

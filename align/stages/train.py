@@ -1,0 +1,275 @@
+"""Executes every kind that trains: data, model, roles, trainer, artifact."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from align.artifacts.manifest import Manifest, PolicyRecord, hardware, library_versions
+from align.artifacts.store import Store
+from align.data import DataReport, Example, load_examples, split_validation
+from align.data.check import training_texts
+from align.logps import check_head
+from align.methods import Method, get_method
+from align.methods.pretrain import Pretrain
+from align.models.base import load_base, load_tokenizer, new_base, train_tokenizer
+from align.models.platform import compute_dtype, device
+from align.models.roles import RoleModel
+from align.models.save import save_policy, write_card
+from align.spec.job import Job
+from align.spec.model import ModelSettings
+from align.spec.stages import PolicyStage, Referenced, TrainedStage
+from align.stages import start
+from align.training import collectives
+from align.training.arguments import deepspeed_config, training_arguments
+from align.training.distributed import process_group
+from align.training.reference import reference_logps
+from align.training.schedule import Schedule
+from align.training.step import Step
+from align.training.trainer import AlignTrainer
+
+
+@dataclass(frozen=True)
+class Opened:
+    """The model of a stage, its roles set up.
+
+    Attributes:
+        roles: What is trained.
+        reference_role: Role that computes the reference, `policy` for a policy that is its own at step 0, or None.
+        same_reference: Whether policy and reference are the same stage.
+        record: What the manifest will say of the policy.
+    """
+
+    roles: RoleModel
+    reference_role: str | None
+    same_reference: bool
+    record: PolicyRecord
+
+
+def run(job: Job, settings: TrainedStage, store: Store, report: Any) -> None:
+    """Train one stage and put its artifact into the store.
+
+    Args:
+        job: The resolved stage.
+        settings: Its settings, parsed.
+        store: Where inputs are read and the artifact is added.
+        report: The worker's reporter.
+    """
+    began = time.monotonic()
+    method = get_method(job.kind)
+    work = Path(job.work)
+    with process_group(deepspeed=job.launch.deepspeed != "none"):
+        report(0, 0, "reading data")
+        tokenizer = _tokenizer(job, settings, store)
+        examples, data_report = _examples(job, settings, method, tokenizer)
+        validation: Sequence[Example] = ()
+        if settings.train.validation:
+            examples, validation = split_validation(examples, settings.train.validation.fraction, settings.train.seed)
+        step = Step(method, settings, settings.train.pack_tokens)
+        _foreign_reference(job, settings, store, {"train": examples, "validation": validation}, work)
+        schedule = Schedule.of(settings.train, len(examples))
+        args = training_arguments(
+            settings.train,
+            work=work,
+            total_steps=schedule.total_steps,
+            launch=job.launch,
+            logging=job.logging,
+            bf16=_dtype(job) is torch.bfloat16,
+            use_cpu=device().type == "cpu",
+            deepspeed=deepspeed_config(job.launch.deepspeed),
+            run_name=f"{job.recipe}/{job.stage}",
+        )
+        opened = _open(job, settings, store, tokenizer)
+        trainer = AlignTrainer(
+            opened.roles,
+            args,
+            step=step,
+            schedule=schedule,
+            examples=examples,
+            validation=validation,
+            validation_settings=settings.train.validation,
+            reference_role=opened.reference_role,
+            same_reference=opened.same_reference,
+            work=work,
+            keep_checkpoints=settings.train.keep_checkpoints,
+            report=report,
+        )
+        trainer.fit()
+        if collectives.rank() == 0:
+            _save(job, settings, store, opened, trainer, tokenizer, data_report, time.monotonic() - began)
+        collectives.barrier()
+
+
+def _tokenizer(job: Job, settings: TrainedStage, store: Store) -> Any:
+    if isinstance(settings, Pretrain):
+        folder = Path(job.work) / "tokenizer"
+        if collectives.rank() == 0 and not folder.exists():
+            texts = training_texts(job.data[settings.data], Path(job.folder))
+            made = train_tokenizer(texts, settings.tokenizer)
+            made.save_pretrained(folder.with_suffix(".part"))
+            folder.with_suffix(".part").rename(folder)
+        collectives.barrier()
+        return load_tokenizer(folder)
+    assert isinstance(settings, PolicyStage)
+    begin = start.of_policy(job, settings, store)
+    return load_tokenizer(begin.base, begin.revision)
+
+
+def _examples(
+    job: Job, settings: TrainedStage, method: Method, tokenizer: Any
+) -> tuple[list[Example], dict[str, DataReport]]:
+    """Examples of the stage; every rank reads the same list, rank 0 alone writes the quarantine file."""
+    name: str = settings.data  # type: ignore[attr-defined]
+    loss_on = "all" if isinstance(settings, Pretrain) else getattr(settings, "loss_on", "completion")
+    quarantine = Path(job.work) / "quarantine.jsonl" if collectives.rank() == 0 else None
+    examples, report = load_examples(
+        job.data[name],
+        batch=method.batch,
+        tokenizer=tokenizer,
+        max_tokens=settings.train.max_tokens,
+        loss_on=loss_on,
+        folder=Path(job.folder),
+        quarantine=quarantine,
+    )
+    return examples, {name: report}
+
+
+def _dtype(job: Job) -> torch.dtype:
+    return compute_dtype(job.model.dtype if job.model else "auto")
+
+
+def _open(job: Job, settings: TrainedStage, store: Store, tokenizer: Any) -> Opened:
+    """Load the base once and put every role on it."""
+    if isinstance(settings, Pretrain):
+        base = new_base(settings.architecture, tokenizer, settings.train.seed)
+        roles = RoleModel(base)
+        roles.train_base()
+        model = ModelSettings(base=job.stage, adapter="none")
+        return Opened(roles, None, False, start.Start("", job.fingerprint, "stage").record(model, adapter=False))
+    assert isinstance(settings, PolicyStage)
+    assert job.model is not None
+    model = job.model
+    begin = start.of_policy(job, settings, store)
+    base = load_base(begin.base, quantization=model.quantization, dtype=model.dtype, revision=begin.revision)
+    _no_dropout(base)
+    roles = RoleModel(base, gradient_checkpointing=model.gradient_checkpointing)
+    role, same = None, False
+    if isinstance(settings, Referenced):
+        reference = start.of_reference(job, settings, store)
+        same = (reference.base, reference.adapter) == (begin.base, begin.adapter)
+    if model.adapter == "none":
+        roles.train_base()
+        role = "policy" if isinstance(settings, Referenced) else None
+        own = start.Start("", job.fingerprint, "stage")
+        return Opened(roles, role, same, own.record(model, adapter=False))
+    if begin.adapter is not None:
+        roles.add_adapter("policy", folder=begin.adapter, trainable=True)
+    else:
+        roles.add_adapter("policy", settings=model.adapter, trainable=True, seed=settings.train.seed)
+    if isinstance(settings, Referenced):
+        role = "reference"
+        if reference.adapter is None:
+            roles.add_base_role("reference")
+        else:
+            roles.add_adapter("reference", folder=reference.adapter, trainable=False)
+    roles("policy", check_head)
+    return Opened(roles, role, same, begin.record(model, adapter=True))
+
+
+def _no_dropout(base: nn.Module) -> None:
+    """Policy and reference must agree at step 0; a base's own dropout would keep them apart. LoRA's is a setting."""
+    for module in base.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+
+
+def _foreign_reference(
+    job: Job, settings: TrainedStage, store: Store, sets: dict[str, Sequence[Example]], work: Path
+) -> None:
+    """Full fine-tuning against another stage than the one it starts from: a second copy, read once and freed.
+
+    It runs before the trainer exists, so that ZeRO-3 does not take this copy apart as well.
+    """
+    if not isinstance(settings, PolicyStage) or not isinstance(settings, Referenced):
+        return
+    assert job.model is not None
+    reference, begin = start.of_reference(job, settings, store), start.of_policy(job, settings, store)
+    if job.model.adapter != "none" or reference.base == begin.base:
+        return
+    base = load_base(reference.base, dtype=job.model.dtype, revision=reference.revision).eval()
+    roles = RoleModel(base)
+    roles.add_base_role("reference")
+    for name, examples in sets.items():
+        if examples:
+            cache = work / f"reference-{name}.safetensors"
+            reference_logps(roles, "reference", examples, settings.train.pack_tokens, cache)
+
+
+def _save(
+    job: Job,
+    settings: TrainedStage,
+    store: Store,
+    opened: Opened,
+    trainer: AlignTrainer,
+    tokenizer: Any,
+    data_report: dict[str, DataReport],
+    seconds: float,
+) -> None:
+    work, folder = Path(job.work), store.temporary(job.fingerprint)
+    roles = opened.roles
+    base_reference = _base_reference(opened.record, store)
+    save_policy(
+        roles, "policy", folder, tokenizer=tokenizer, base_reference=base_reference, state=trainer.final_state
+    )
+    shutil.copy(work / "metrics.jsonl", folder / "metrics.jsonl")
+    reports = {name: report.model_dump() for name, report in data_report.items()}
+    (folder / "data.json").write_text(json.dumps(reports, indent=1, ensure_ascii=False))
+    last = [json.loads(line) for line in (work / "metrics.jsonl").read_text().splitlines()]
+    metrics = {k: v for line in last for k, v in line.items() if isinstance(v, int | float)}
+    manifest = Manifest(
+        kind=job.kind,
+        stage=job.stage,
+        recipe=job.recipe,
+        fingerprint=job.fingerprint,
+        inputs=job.inputs,
+        data=reports,
+        settings=job.settings,
+        policy=opened.record,
+        seed=settings.train.seed,
+        versions=library_versions(),
+        hardware=hardware(),
+        metrics=metrics,
+        wall_seconds=seconds,
+        peak_memory_bytes=_peak_memory(),
+        steps=trainer.state.global_step,
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    )
+    write_card(folder, manifest)
+    store.add(manifest, folder)
+    shutil.rmtree(work / "staging", ignore_errors=True)
+    shutil.rmtree(work / "checkpoints", ignore_errors=True)
+
+
+def _base_reference(record: PolicyRecord, store: Store) -> str:
+    if record.base_kind == "stage" and record.adapter:
+        return str(start.base_folder(store, record.base))
+    return record.base
+
+
+def _peak_memory() -> int:
+    """Bytes: on a GPU what the allocator held at most, on a CPU the resident set of this process at most."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,1 @@
+"""One trainer under every method: the step, its guards, its checkpoints."""

@@ -1,0 +1,47 @@
+"""The few collectives a step needs. Without a process group every one of them is the identity."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def gather_rows(values: list[float], device: torch.device) -> torch.Tensor:
+    """[W, len(values)] fp64: the same short list from every rank, in rank order."""
+    row = torch.tensor(values, dtype=torch.float64, device=device)
+    if not dist.is_initialized():
+        return row.unsqueeze(0)
+    rows = [torch.empty_like(row) for _ in range(world_size())]
+    dist.all_gather(rows, row)
+    return torch.stack(rows)
+
+
+def gather_objects(value: T) -> list[T]:
+    """One object per rank, in rank order."""
+    if not dist.is_initialized():
+        return [value]
+    out: list[T] = [value] * world_size()
+    dist.all_gather_object(out, value)
+    return out
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """True on every rank if it is true on one."""
+    return bool(gather_rows([float(flag)], device).sum() > 0)

@@ -1,0 +1,54 @@
+"""Guards that act before the weights change: non-finite numbers and requests to stop.
+
+A signal or a bad number on one rank is agreed on by all ranks, so that none waits for another that has left.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterable
+from types import FrameType
+
+import torch
+from torch import Tensor, nn
+
+
+class FiniteGradients:
+    """Watches every gradient as autograd hands it over, before any engine reduces or steps it.
+
+    It works alike under plain torch, DDP and ZeRO-1/2/3, whose averaged gradients live in different places.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self._bad: Tensor | None = None
+        self._handles = [p.register_hook(self._look) for p in parameters]
+
+    def _look(self, gradient: Tensor) -> None:
+        bad = ~torch.isfinite(gradient).all()
+        self._bad = bad if self._bad is None else self._bad | bad
+
+    def pop(self) -> bool:
+        """Whether a non-finite gradient was seen since the last call."""
+        bad, self._bad = self._bad is not None and bool(self._bad), None
+        return bad
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+class StopRequest:
+    """Turns SIGTERM, SIGINT and SIGUSR1 into a flag that is read at a step boundary."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before = {s: signal.signal(s, self._note) for s in self.SIGNALS}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+
+    def close(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,359 @@
+"""The only `transformers.Trainer` subclass: one optimizer step per call, with exact terms, guards and sealed checkpoints.
+
+A Trainer batch is this rank's share of one optimizer step, as example indices. `training_step` cuts it into packs, runs
+them, and owns the accumulation boundary, so `gradient_accumulation_steps` stays 1 under every launcher.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, SequentialSampler
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from align.data.chat import Example
+from align.errors import TrainingError
+from align.spec.train import ValidationSettings
+from align.training import checkpoint as ckpt
+from align.training import collectives
+from align.training.guards import FiniteGradients, StopRequest
+from align.training.reference import reference_logps, starting_kl
+from align.training.schedule import Schedule, StepDataset
+from align.training.step import Reference, Step, Totals, pooled_means, scaled_loss
+
+logger = logging.getLogger(__name__)
+
+
+class Report(Protocol):
+    """Where progress is told."""
+
+    resumed_from_step: int
+
+    def __call__(self, step: int, total: int, message: str) -> None:
+        """Tell how far the run is."""
+
+
+class Silent:
+    """Tells nobody."""
+
+    resumed_from_step = 0
+
+    def __call__(self, step: int, total: int, message: str) -> None:
+        """Do nothing with it."""
+
+
+class Preempted(Exception):
+    """A signal asked for a stop; a checkpoint of the last step has been published."""
+
+
+class AlignTrainer(Trainer):
+    """Trains the `policy` role of a `RoleModel` with one method.
+
+    Args:
+        model: A `RoleModel`.
+        args: Training arguments; `output_dir` is a staging folder inside `work`.
+        step: The method bound to its settings.
+        schedule: Which examples each step sees.
+        examples: Training examples, the same list on every rank.
+        validation: Held-out examples, maybe none.
+        validation_settings: When they are looked at and what follows.
+        reference_role: Role of the frozen reference, `policy` where the policy is its own reference at step 0 (full
+            fine-tuning), or None where the method reads none.
+        same_reference: Whether policy and reference start as the same stage, and so must agree.
+        work: Folder of the unfinished stage.
+        keep_checkpoints: How many to keep.
+        report: Told of progress, on rank 0.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        *,
+        step: Step,
+        schedule: Schedule,
+        examples: Sequence[Example],
+        validation: Sequence[Example] = (),
+        validation_settings: ValidationSettings | None = None,
+        reference_role: str | None = None,
+        same_reference: bool = False,
+        work: Path,
+        keep_checkpoints: int = 2,
+        report: Report | None = None,
+    ) -> None:
+        dataset = StepDataset(schedule, collectives.rank(), collectives.world_size())
+        super().__init__(model, args, train_dataset=dataset)
+        for callback in (PrinterCallback, ProgressCallback):
+            self.remove_callback(callback)
+        self.step, self.examples, self.validation = step, examples, validation
+        self.validation_settings = validation_settings
+        self.reference_role, self.same_reference = reference_role, same_reference
+        self.work, self.keep_checkpoints, self.report = work, keep_checkpoints, report or Silent()
+        self.resumed_from_step = 0
+        self.final_state: dict[str, Tensor] = {}
+        """The trained tensors the stage ends with, whole, once `fit` has returned."""
+        self.references: dict[str, list[Reference]] = {}
+        self.stop_request = StopRequest()
+        self._gradients = FiniteGradients(p for p in model.parameters() if p.requires_grad)
+        self._metrics = Totals()
+        self._tokens, self._since = 0, time.monotonic()
+        self._reported = 0.0
+
+    # --- data -----------------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Step after step, one item each; sharding over ranks is the data set's own."""
+        assert self.train_dataset is not None
+        return DataLoader(
+            self.train_dataset, batch_size=1, sampler=SequentialSampler(self.train_dataset), collate_fn=lambda b: b[0]
+        )
+
+    # --- set-up and resume ----------------------------------------------------------------------------------------
+
+    def fit(self) -> None:
+        """Train to the end, from the newest verified checkpoint if there is one.
+
+        Raises:
+            Preempted: If a signal asked for a stop.
+            TrainingError: If a loss or a gradient is not finite; the weights are those of the step before.
+        """
+        found = ckpt.latest_verified(self.work / "checkpoints") if collectives.rank() == 0 else None
+        found = collectives.gather_objects(found)[0]
+        if found is not None:
+            self.resumed_from_step = ckpt.step_of(found)
+            logger.info("resuming from step %d", self.resumed_from_step)
+            self.report.resumed_from_step = self.resumed_from_step
+        self._trim_metrics()
+        self.train(resume_from_checkpoint=str(found) if found else None)
+        if self.state.global_step < self.state.max_steps and self.stop_request.received is not None:
+            raise Preempted(self.state.global_step)
+        if self.validation_settings and self.validation_settings.keep == "best" and self.state.best_global_step:
+            best = self.work / "best" / f"step-{self.state.best_global_step:06d}"
+            self.final_state = ckpt.read_trainable(best)
+        else:
+            self.final_state = ckpt.gather_trainable(self.model)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None):
+        """Wrap first; then the reference, while the policy is still where it starts; then the checkpoint."""
+        model, loader = super()._prepare_for_training(max_steps, train_dataloader, None)
+        self._prepare_references(model, fresh=resume_from_checkpoint is None)
+        if resume_from_checkpoint is not None:
+            folder = Path(resume_from_checkpoint)
+            if self.is_deepspeed_enabled:
+                path, _ = model.load_checkpoint(str(folder), load_module_strict=False)
+                if path is None:
+                    raise TrainingError(f"DeepSpeed found no state in {folder}", fix="delete this checkpoint and run again")
+            else:
+                self.model.load_trainable_state(ckpt.read_trainable(folder))
+                self._load_optimizer_and_scheduler(str(folder))
+        return model, loader
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Nothing yet: weights are loaded in `_prepare_for_training`, after the reference was taken."""
+
+    def _prepare_references(self, model: nn.Module, *, fresh: bool) -> None:
+        if self.reference_role is None:
+            return
+        sets = {"train": self.examples, "validation": self.validation}
+        for name, examples in sets.items():
+            if examples:
+                self.report(0, self.state.max_steps or 0, f"reference log-probs of {len(examples)} {name} examples")
+                cache = self.work / f"reference-{name}.safetensors"
+                self.references[name] = reference_logps(
+                    model, self.reference_role, examples, self.step.pack_tokens, cache
+                )
+        if fresh:
+            few = slice(0, 16)
+            kl = starting_kl(
+                model,
+                self.examples[few],
+                self.references["train"][few],
+                pack_tokens=self.step.pack_tokens,
+                same=self.same_reference,
+                dtype=torch.bfloat16 if self.args.bf16 else torch.float32,
+            )
+            self._write({"step": 0, "start/log_ratio": kl})
+
+    # --- one optimizer step ---------------------------------------------------------------------------------------
+
+    def training_step(self, model: nn.Module, inputs: Sequence[int], num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward of all packs of this step; under DeepSpeed the optimizer step too.
+
+        Returns:
+            This rank's share of the loss times the world size, so that the mean over ranks is the loss.
+        """
+        model.train()
+        examples = [self.examples[i] for i in inputs]
+        references = [self.references["train"][i] for i in inputs] if self.reference_role else None
+        packs = self.step.packs(examples)
+        rounds, weights = self._agree(packs, examples)
+        world, device = collectives.world_size(), self.args.device
+        engine = self.model_wrapped if self.is_deepspeed_enabled else None
+        loss_sum = torch.zeros((), device=device)
+        for i in range(rounds):
+            last = i == rounds - 1
+            with contextlib.nullcontext() if last or world == 1 or engine else model.no_sync():
+                if i < len(packs):
+                    output = self.step.terms(model, packs[i].to(device), examples, references)
+                    loss = scaled_loss(output, weights)
+                    self._metrics.add(output.metrics)
+                    self._tokens += packs[i].tokens
+                else:
+                    loss = self.step.touch(model, self.step.empty().to(device))
+                if engine:
+                    engine.set_gradient_accumulation_boundary(is_boundary=last)
+                    engine.backward(loss * world)
+                else:
+                    (loss * world).backward()
+            loss_sum += loss.detach()
+        self._refuse_non_finite(loss_sum, inputs)
+        if engine:
+            engine.step()
+        return loss_sum * world
+
+    def _agree(self, packs: Sequence[Any], examples: Sequence[Example]) -> tuple[int, dict[str, float]]:
+        """All ranks' number of packs (the maximum), term weights (the sum) and wish to stop."""
+        weights = self.step.weights(examples, packs)
+        seen = collectives.gather_objects((len(packs), weights, self.stop_request.received))
+        total: dict[str, float] = {}
+        for _, part, _ in seen:
+            for name, weight in part.items():
+                total[name] = total.get(name, 0.0) + weight
+        signals = [s for *_, s in seen if s is not None]
+        if signals:
+            self.stop_request.received = signals[0]
+            self.control.should_save = self.control.should_training_stop = True
+        return max(n for n, *_ in seen), total
+
+    def _refuse_non_finite(self, loss: Tensor, inputs: Sequence[int]) -> None:
+        gradient = self._gradients.pop()
+        bad_loss = not bool(torch.isfinite(loss))
+        seen = collectives.gather_objects((bad_loss, gradient, list(inputs) if bad_loss or gradient else []))
+        if not any(b or g for b, g, _ in seen):
+            return
+        what = "loss" if any(b for b, *_ in seen) else "gradient"
+        rows = [self.examples[i].row for *_, batch in seen for i in batch]
+        raise TrainingError(
+            f"the {what} of step {self.state.global_step + 1} is not finite; the weights are those of step "
+            f"{self.state.global_step}. Rows of the data in this batch: {rows}",
+            fix="lower learning_rate, look at these rows with `align data preview`, or use a wider dtype; "
+            "the same command resumes from the last checkpoint",
+        )
+
+    # --- validation -----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Loss and metrics over all held-out examples, with the terms and reductions of training."""
+        model = self.model_wrapped
+        model.eval()
+        rank, world = collectives.rank(), collectives.world_size()
+        examples = list(self.validation[rank::world])
+        references = self.references["validation"][rank::world] if self.reference_role else None
+        packs = self.step.packs(examples)
+        rounds = int(collectives.gather_rows([len(packs)], self.args.device).max())
+        terms, metrics, coefficients = Totals(), Totals(), {}
+        for i in range(rounds):
+            if i < len(packs):
+                output = self.step.terms(model, packs[i].to(self.args.device), examples, references)
+                terms.add(output.terms)
+                metrics.add(output.metrics)
+                coefficients |= {name: t.coefficient for name, t in output.terms.items()}
+            else:
+                self.step.touch(model, self.step.empty().to(self.args.device))
+        model.train()
+        seen = collectives.gather_objects((terms.numbers(), metrics.numbers(), coefficients))
+        coefficient = {name: c for *_, part in seen for name, c in part.items()}
+        means = pooled_means(part for part, *_ in seen)
+        logs = {"eval_loss": sum(coefficient[name] * mean for name, mean in means.items())}
+        logs |= {f"eval_{name}": mean for name, mean in pooled_means(part for _, part, _ in seen).items()}
+        self.log(logs)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
+        return logs
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Keep the weights of the best validation, and stop when patience is spent."""
+        better = super()._determine_best_metric(metrics, trial)
+        settings = self.validation_settings
+        if settings is None:
+            return better
+        if better and settings.keep == "best":
+            state = ckpt.gather_trainable(self.model)
+            if collectives.rank() == 0:
+                staged = self.work / "staging" / "best"
+                ckpt.write_trainable(state, staged)
+                ckpt.publish_checkpoint(staged, self.work / "best", self.state.global_step, keep=1, pinned=None)
+            collectives.barrier()
+        since = (self.state.global_step - (self.state.best_global_step or 0)) // settings.every_steps
+        if settings.patience is not None and since >= settings.patience:
+            self.control.should_training_stop = True
+        return better
+
+    # --- logging and checkpoints ----------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the method's metrics since the last log, reduced over ranks once, and append a line to metrics.jsonl."""
+        if "train_runtime" in logs:
+            return
+        if "loss" in logs:
+            parts = collectives.gather_objects((self._metrics.numbers(), self._tokens))
+            elapsed = max(time.monotonic() - self._since, 1e-9)
+            logs |= pooled_means(part for part, _ in parts)
+            logs["tokens_per_second"] = sum(tokens for _, tokens in parts) / elapsed
+            self._metrics, self._tokens, self._since = Totals(), 0, time.monotonic()
+            self.report(self.state.global_step, self.state.max_steps, f"loss {logs['loss']:.4f}")
+        super().log(logs, start_time)
+        self._write({"step": self.state.global_step, **logs})
+
+    def _write(self, line: dict[str, Any]) -> None:
+        if collectives.rank() == 0:
+            with (self.work / "metrics.jsonl").open("a") as out:
+                out.write(json.dumps(line) + "\n")
+
+    def _trim_metrics(self) -> None:
+        """Forget lines of steps that will be done again."""
+        path = self.work / "metrics.jsonl"
+        if collectives.rank() == 0:
+            lines = path.read_text().splitlines() if path.exists() and self.resumed_from_step else []
+            kept = [line for line in lines if _step_of_line(line) <= self.resumed_from_step]
+            path.write_text("".join(line + "\n" for line in kept))
+        collectives.barrier()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The trained tensors alone, whole, as safetensors; no pickled arguments."""
+        assert output_dir is not None
+        state = ckpt.gather_trainable(self.model)
+        if collectives.rank() == 0:
+            ckpt.write_trainable(state, Path(output_dir))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_deepspeed_enabled:
+            self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Stage, seal, rename: a checkpoint is whole or absent."""
+        super()._save_checkpoint(model, trial)
+        collectives.barrier()
+        step = self.state.global_step
+        if collectives.rank() == 0:
+            staged = Path(self.args.output_dir) / f"checkpoint-{step}"
+            ckpt.publish_checkpoint(staged, self.work / "checkpoints", step, self.keep_checkpoints, pinned=None)
+        collectives.barrier()
+
+
+def _step_of_line(line: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return 2**63
