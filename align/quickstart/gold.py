@@ -55,6 +55,8 @@ class GoldReward:
     """Scores a completion by the formula at the top of this module."""
 
     version: ClassVar[int] = 1
+    label: ClassVar[str] = "gold"
+    """Its column in results."""
     minimum: ClassVar[float] = 0.0
     maximum: ClassVar[float] = 1.0
 
