@@ -1,0 +1,76 @@
+"""What a process must settle before it loads a model: threads, device, dtype, and two libraries' CPU defaults."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from typing import Literal
+
+import torch
+
+from align.errors import LaunchError
+
+
+@cache
+def prepare_process() -> None:
+    """Settle threads, environment and determinism. Idempotent; every worker and test calls it first.
+
+    Without a GPU every operation is made deterministic, so that a seeded run can be repeated bit for bit.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if "OMP_NUM_THREADS" not in os.environ:
+        # Ranks of one machine share its cores: more threads than cores are up to a hundred times slower.
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = (
+            False  # costs a pass over every buffer, helps debugging only
+        )
+
+
+def device() -> torch.device:
+    """This rank's GPU, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def compute_dtype(setting: Literal["auto", "float32", "bfloat16"]) -> torch.dtype:
+    """The dtype of activations and of weights that are not quantised."""
+    if setting == "auto":
+        setting = "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
+    return torch.float32 if setting == "float32" else torch.bfloat16
+
+
+@cache
+def prepare_bitsandbytes() -> None:
+    """Import bitsandbytes (about 4 s) with its in-place CPU repack switched off.
+
+    On a CPU with AVX512-BF16 the first forward pass in eval mode rewrites every 4-bit weight for a kernel without a
+    backward pass. Training after it has wrong or missing gradients and no error says so. The switch is read when a
+    layer is made, so this has to run before a quantised model is loaded.
+    """
+    try:
+        import bitsandbytes.nn.modules as modules
+    except ImportError as error:
+        raise LaunchError(f"bitsandbytes cannot be imported: {error}", fix="pip install bitsandbytes") from error
+    modules.has_avx512bf16 = lambda: False
+
+
+@cache
+def prepare_deepspeed() -> None:
+    """Import DeepSpeed and start its process group; before `TrainingArguments` and before a model is loaded.
+
+    On a CPU its shared-memory collectives would be compiled at first use; gloo does the same without a compiler.
+    """
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise LaunchError(
+            f"DeepSpeed cannot be imported: {error}", where="launch.deepspeed", fix="pip install 'align[deepspeed]'"
+        ) from error
+    on_cpu = not torch.cuda.is_available()
+    if on_cpu:
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="gloo" if on_cpu else "nccl")

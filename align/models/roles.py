@@ -1,0 +1,288 @@
+"""One base, many roles: named adapters on one frozen model, or the model itself trained in full.
+
+The trained role is the *resting* role: it is active whenever no other role has been asked for, so the recomputation of
+gradient checkpointing, which happens inside backward, sees the adapter that the forward pass saw. Every other role is
+frozen and runs without gradient only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from align.errors import TrainingError
+from align.spec.model import LoraSettings
+
+T = TypeVar("T")
+
+
+class RoleModel(nn.Module):
+    """Everything that DDP or DeepSpeed wraps. Starts in eval mode with no role at all.
+
+    Args:
+        base: A causal LM as `load_base` or `new_base` returns it. It is changed in place.
+        gradient_checkpointing: Recompute activations in the backward pass (non-reentrant).
+    """
+
+    def __init__(self, base: PreTrainedModel, *, gradient_checkpointing: bool = False) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self._keys: dict[str, str | None] = {}
+        self._trained: str | None = None
+        self._active: str | None = None
+        self._layers: list[Any] = []
+        self._autocast: torch.dtype | None = None
+        if gradient_checkpointing:
+            # `gradient_checkpointing_enable` before transformers 5.20
+            enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+        self.eval()
+
+    @property
+    def config(self) -> PretrainedConfig:
+        return self.base.config
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The names of all roles, in the order they were added."""
+        return tuple(self._keys)
+
+    @property
+    def trained_role(self) -> str | None:
+        return self._trained
+
+    @property
+    def causal_lm(self) -> Any:
+        """The base with its adapters: `.model` (body), `.lm_head`, `.generate`, `.config`; callable."""
+        if hasattr(self.base, "model") and hasattr(self.base, "lm_head"):
+            return self.base
+        return _CausalLM(self.base)
+
+    # Roles -----------------------------------------------------------------------------------------------------------
+
+    def add_adapter(
+        self,
+        role: str,
+        *,
+        settings: LoraSettings | None = None,
+        folder: Path | str | None = None,
+        revision: str | None = None,
+        copy_of: str | None = None,
+        trainable: bool,
+        seed: int = 0,
+    ) -> None:
+        """Add a role that is a LoRA adapter in fp32.
+
+        It starts as the adapter in `folder` (or of that name on the Hub), as a copy of another role's, or (neither
+        given) as the identity with noise drawn from `seed` alone, the same on every rank.
+
+        Args:
+            role: Its name.
+            settings: Shape of the adapter. May be absent where `folder` or `copy_of` has one; where both are given they
+                must agree in everything but dropout.
+            folder: A PEFT adapter to start from.
+            revision: Hub revision of `folder`.
+            copy_of: A role of this model to start from.
+            trainable: Whether this is the one role that is trained.
+            seed: Seed of a fresh adapter.
+
+        Raises:
+            RecipeError: If the adapter to start from does not fit `settings` or the model.
+        """
+        from align.models import lora  # peft takes seconds to import; a model trained in full does without
+
+        if folder is not None:
+            found, values = lora.read_adapter(folder, revision)
+        elif copy_of is not None:
+            found = self.adapter_config(copy_of)
+            values = self.tensors(copy_of)
+        else:
+            found, values = None, None
+        what = f"the adapter {folder or copy_of}"
+        if settings is not None:
+            config = lora.lora_config(settings)
+            if found is not None:
+                lora.check_scaling(config, found, what)
+        elif found is not None:
+            config = found
+        else:
+            raise ValueError("give settings, folder or copy_of")
+
+        key = self._claim(role, trainable)
+        lora.inject(self.base, key, config)
+        self._keys[role] = key
+        if values is not None:
+            lora.fill(self.tensors(role), values, what)
+        else:
+            lora.initialise(self.tensors(role).items(), seed)
+        if not trainable:
+            lora.without_dropout(self.base, key)
+        self._settle(trained=role if trainable else None)
+
+    def add_base_role(self, role: str) -> None:
+        """Add a frozen role that is the base with all adapters off."""
+        if self._trained is not None and self._keys[self._trained] is None:
+            raise ValueError(f"the base is trained as {self._trained!r}; a frozen copy needs a RoleModel of its own")
+        self._claim(role, trainable=False)
+        self._keys[role] = None
+        self._settle()
+
+    def train_base(self, role: str = "policy") -> None:
+        """Train every parameter of the base, in fp32; a lower compute dtype is kept by autocast."""
+        if self._keys:
+            raise ValueError("a model is trained in full or has adapters, not both")
+        self._claim(role, trainable=True)
+        self._keys[role] = None
+        if self.base.dtype != torch.float32 and not any(hasattr(p, "ds_id") for p in self.base.parameters()):
+            self._autocast = self.base.dtype
+            self.base.float()
+        self._settle(trained=role)
+
+    # Passes ----------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def role(self, name: str) -> Iterator[None]:
+        """Activate a role for passes without gradient; the resting role is back afterwards, whatever happened.
+
+        Raises:
+            TrainingError: If gradients are being recorded.
+        """
+        if torch.is_grad_enabled():
+            raise TrainingError(f"role({name!r}) was entered while gradients are recorded", fix="use torch.no_grad()")
+        before = self._active
+        self._activate(self._known(name))
+        try:
+            yield
+        finally:
+            self._activate(before)
+
+    def forward(self, role: str, function: Callable[..., T], *args: Any) -> T:
+        """Run `function(causal_lm, *args)` with a role active; everything that computes goes through here.
+
+        Args:
+            role: Its name. With gradients on it must be the trained role.
+            function: Gets an object with `.model`, `.lm_head`, `.generate` and `.config`.
+            *args: Handed on.
+
+        Raises:
+            TrainingError: If a frozen role is run while gradients are recorded.
+        """
+        self._known(role)
+        if not torch.is_grad_enabled():
+            with self.role(role), self._precision():
+                return function(self.causal_lm, *args)
+        if role != self._trained:
+            raise TrainingError(f"frozen role {role!r} was run while gradients are recorded", fix="use torch.no_grad()")
+        with self._precision():
+            return function(self.causal_lm, *args)
+
+    # State -----------------------------------------------------------------------------------------------------------
+
+    def tensors(self, role: str) -> dict[str, Tensor]:
+        """The parameters of a role under their names on disk: PEFT's for an adapter, the model's own otherwise."""
+        key = self._keys[self._known(role)]
+        if key is None:
+            return dict(self.base.named_parameters())
+        from align.models import lora
+
+        return dict(lora.adapter_tensors(self.base, key))
+
+    def adapter_config(self, role: str) -> Any:
+        """The `peft.LoraConfig` of a role that is an adapter; None for the base."""
+        key = self._keys[self._known(role)]
+        return None if key is None else self.base.peft_config[key]
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        """The trained parameters themselves (not copies) under the names they have on disk."""
+        return {} if self._trained is None else self.tensors(self._trained)
+
+    def load_trainable_state(self, state: dict[str, Tensor]) -> None:
+        """Copy what `trainable_state` gave, of this or an equal model, into the trained parameters.
+
+        Raises:
+            TrainingError: If names or shapes differ.
+        """
+        own = self.trainable_state()
+        differing = {
+            n for n in own.keys() | state.keys() if n not in own or n not in state or own[n].shape != state[n].shape
+        }
+        if differing:
+            raise TrainingError(
+                f"the saved state does not fit the model: {len(differing)} tensors, as {min(differing)}"
+            )
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(state[name])
+
+    # Inside ----------------------------------------------------------------------------------------------------------
+
+    def _claim(self, role: str, trainable: bool) -> str:
+        """Reserve a role and return the key of its adapter; ModuleDict keys hold no dots and must not be attributes."""
+        if role in self._keys:
+            raise ValueError(f"there is a role {role!r} already")
+        if trainable and self._trained is not None:
+            raise ValueError(f"{self._trained!r} is trained already; a model has one trained role")
+        key = f"role_{role.replace('.', '__')}"
+        if key in self._keys.values():
+            raise ValueError(f"the role {role!r} is too like another one")
+        return key
+
+    def _settle(self, trained: str | None = None) -> None:
+        """After a change of roles: new modules get the model's mode, flags are set anew, the resting role is active."""
+        self._trained = trained or self._trained
+        if any(self._keys.values()):
+            from align.models import lora
+
+            self._layers = lora.layers(self.base)
+        self.train(self.training)
+        self.base.requires_grad_(False)
+        for parameter in self.trainable_state().values():
+            parameter.requires_grad_(True)
+        for layer in self._layers:
+            if not getattr(layer, "_align_guarded", False):
+                layer.register_forward_pre_hook(self._guard)
+                layer._align_guarded = True
+        self._activate(self._trained)
+
+    def _guard(self, *_: Any) -> None:
+        """Before every adapter layer, also when backward recomputes it: gradients belong to the trained role alone."""
+        if torch.is_grad_enabled() and self._active != self._trained:
+            raise TrainingError(f"role {self._active!r} is active while gradients are recorded")
+
+    def _activate(self, role: str | None) -> None:
+        if self._layers:
+            from align.models import lora
+
+            lora.activate(self._layers, None if role is None else self._keys[role])
+        self._active = role
+
+    def _known(self, role: str) -> str:
+        if role not in self._keys:
+            raise ValueError(f"no role {role!r}; there are {', '.join(self._keys) or 'none'}")
+        return role
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        if self._autocast is None:
+            return nullcontext()
+        return torch.autocast(next(self.base.parameters()).device.type, dtype=self._autocast)
+
+
+class _CausalLM:
+    """A causal LM whose body or head has another attribute name, under the usual ones."""
+
+    def __init__(self, base: PreTrainedModel) -> None:
+        self._base = base
+        self.model = base.base_model
+        self.lm_head = base.get_output_embeddings()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._base, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._base(*args, **kwargs)
