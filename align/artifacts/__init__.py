@@ -1,0 +1,1 @@
+"""What stages make: written whole or not at all, verified before use, found by fingerprint."""

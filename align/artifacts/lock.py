@@ -1,0 +1,104 @@
+"""A lock that the kernel drops when its holder ends, however it ends."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from align.errors import LaunchError
+
+PATIENCE_SECONDS = 0.5
+"""Long enough for `is_locked` to look."""
+
+
+@contextmanager
+def locked(path: Path, what: str) -> Iterator[None]:
+    """Hold a lock file; its text tells who holds it.
+
+    Args:
+        path: The file; its folder exists. Its holder may delete it.
+        what: What is being done under the lock, for the message that others get.
+
+    Raises:
+        LaunchError: Somebody else has it, or the file system has no locks.
+    """
+    descriptor = _take(path)
+    try:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()} {socket.gethostname()} {what}\n".encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def is_locked(path: Path) -> bool:
+    """Whether somebody holds the lock file now."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _take(path: Path) -> int:
+    end = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            if _flock(descriptor, end) and _is_at(descriptor, path):
+                return descriptor  # else it was deleted between opening and locking, and keeps nobody out
+        except BlockingIOError:
+            error = _busy(os.pread(descriptor, 1000, 0).decode(errors="replace"), path)
+        except OSError as reason:
+            error = LaunchError(
+                f"cannot lock a file here: {reason.strerror}",
+                where=str(path),
+                fix="set ALIGN_HOME to a folder on a file system with locks (flock)",
+            )
+        else:
+            error = None
+        os.close(descriptor)
+        if error is not None:
+            raise error
+
+
+def _flock(descriptor: int, end: float) -> bool:
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                raise
+            time.sleep(0.05)
+        else:
+            return True
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    own = os.fstat(descriptor)
+    try:
+        other = path.stat()
+    except FileNotFoundError:
+        return False
+    return (own.st_dev, own.st_ino) == (other.st_dev, other.st_ino)
+
+
+def _busy(holder: str, path: Path) -> LaunchError:
+    pid, host, what = (holder.strip().split(" ", 2) + ["", "", ""])[:3]
+    there = f" on {host}" if host and host != socket.gethostname() else ""
+    return LaunchError(
+        f"another `align run` (pid {pid or 'unknown'}{there}) is working on {what or 'this'}",
+        where=str(path.parent),
+        fix="wait until it is done, or stop it; then run the same command again",
+    )

@@ -1,0 +1,280 @@
+"""The store: artifacts by fingerprint, work folders of unfinished stages, locks and garbage collection.
+
+home/artifacts/<16 digits of the fingerprint>/    sealed; a name that starts with a dot is still being written
+home/work/<16 digits of the fingerprint>/         checkpoints, logs and the lock of a stage that is not finished
+home/damaged/                                     what did not verify, kept for a look until the next collection
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import ValidationError
+
+from align.artifacts.lock import is_locked, locked
+from align.artifacts.manifest import Manifest
+from align.artifacts.seal import folder_bytes, publish, read_seal, verify_once, write_atomic
+from align.errors import ArtifactError, LaunchError
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+LOCK = "stage.lock"
+NAME_DIGITS = 16
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A verified artifact.
+
+    Attributes:
+        folder: Where it lies.
+        manifest: What it is, with the hash and size of every file.
+    """
+
+    folder: Path
+    manifest: Manifest
+
+
+@dataclass(frozen=True)
+class Removed:
+    """Something that garbage collection removed (or would, in a dry run)."""
+
+    path: Path
+    bytes: int
+    what: Literal["artifact", "work", "temporary", "damaged"]
+
+
+class Store:
+    """Artifacts on disk. Making one touches nothing; folders appear when something is written.
+
+    Args:
+        home: Its root; ALIGN_HOME or `~/.align` if absent.
+    """
+
+    def __init__(self, home: Path | None = None) -> None:
+        self.home = Path(home or os.environ.get("ALIGN_HOME") or "~/.align").expanduser().absolute()
+
+    def find(self, fingerprint: str) -> Artifact | None:
+        """The artifact, verified, or None.
+
+        A damaged one is moved to `home/damaged` with a warning and counts as absent, so that its stage is made again.
+
+        Raises:
+            ArtifactError: It is damaged and cannot be moved.
+        """
+        folder = self._folder(fingerprint)
+        if not folder.is_dir():
+            return None
+        try:
+            return _open(folder, fingerprint)
+        except ArtifactError as error:
+            logger.warning("artifact is damaged, moved aside and made again: %s", error)
+            self._set_aside(folder, error)
+            return None
+
+    def get(self, fingerprint: str) -> Artifact:
+        """The artifact, verified.
+
+        Raises:
+            ArtifactError: It is absent or damaged.
+        """
+        folder = self._folder(fingerprint)
+        try:
+            return _open(folder, fingerprint)
+        except ArtifactError as error:
+            raise ArtifactError(
+                error.message, where=error.where, fix="run the recipe again: what is missing or damaged is made again"
+            ) from None
+
+    def work(self, fingerprint: str) -> Path:
+        """Folder of the unfinished stage, made if absent."""
+        return _made(self.home / "work" / _name(fingerprint))
+
+    def temporary(self, fingerprint: str) -> Path:
+        """A new empty folder on the file system of the artifacts, to be filled and handed to `add`."""
+        return _made(self.home / "artifacts" / f".{_name(fingerprint)}.{uuid.uuid4().hex}")
+
+    def add(self, manifest: Manifest, temporary: Path) -> Artifact:
+        """Seal a filled folder and put it in its place. The temporary folder is gone afterwards, whatever happens.
+
+        Where another process was faster with the same fingerprint, its artifact is kept and returned.
+
+        Raises:
+            ArtifactError: The disk is full, or the folder holds a link or a special file.
+        """
+        final = self._folder(manifest.fingerprint)
+        try:
+            write_atomic(temporary / MANIFEST, manifest.model_dump_json(indent=1))
+            publish(temporary, final)
+        except ArtifactError:
+            existing = self.find(manifest.fingerprint)
+            if existing is None:
+                raise
+            return existing
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        return self.get(manifest.fingerprint)
+
+    def discard(self, fingerprint: str) -> None:
+        """Remove the artifact and all that its unfinished stage kept. The caller holds the lock."""
+        _remove(self._folder(fingerprint))
+        work = self.home / "work" / _name(fingerprint)
+        for path in list(work.iterdir()) if work.is_dir() else []:
+            if path.is_dir() and not path.is_symlink():
+                _remove(path)
+            elif path.suffix != ".lock":
+                path.unlink()
+
+    @contextmanager
+    def lock(self, fingerprint: str, stage: str = "") -> Iterator[None]:
+        """Keep other processes from making this artifact too.
+
+        Args:
+            fingerprint: Of the stage.
+            stage: Its name, for the message that others get.
+
+        Raises:
+            LaunchError: Another process has the lock; its pid is told.
+        """
+        with locked(self.work(fingerprint) / LOCK, f"stage {stage}" if stage else "this stage"):
+            yield
+
+    def collect(self, keep: set[str], *, dry_run: bool = False) -> list[Removed]:
+        """Remove what is neither kept nor in use.
+
+        Kept are the artifacts and unfinished stages of these fingerprints, of every stage that is locked now, and of the
+        bases that kept adapters stand on; of a locked stage also its inputs.
+
+        Args:
+            keep: Fingerprints, or artifact names (their first 16 digits).
+            dry_run: Only tell.
+        """
+        names = {_name(each) for each in keep}
+        busy = {folder.name for folder in self._folders("work") if _is_busy(folder)}
+        needed = names | busy | {name for each in busy for name in _inputs(self.home / "work" / each)}
+        needed |= {base for name in needed for base in self._bases(name)}
+        removed = []
+        for folder in self._folders("artifacts"):
+            name = folder.name.split(".")[1] if folder.name.startswith(".") else folder.name
+            if folder.name.startswith("."):
+                if name not in busy:
+                    removed += self._collected(folder, "temporary", name, dry_run)
+            elif name not in needed:
+                removed += self._collected(folder, "artifact", name, dry_run)
+        for folder in self._folders("work"):
+            if folder.name not in needed:
+                removed += self._collected(folder, "work", folder.name, dry_run)
+        for folder in self._folders("damaged"):
+            removed += self._collected(folder, "damaged", None, dry_run)
+        return removed
+
+    def _collected(
+        self, folder: Path, what: Literal["artifact", "work", "temporary", "damaged"], name: str | None, dry_run: bool
+    ) -> list[Removed]:
+        """Remove one folder under the lock of its stage; nothing if somebody took that in the meantime."""
+        removed = Removed(folder, folder_bytes(folder), what)
+        if dry_run:
+            return [removed]
+        with ExitStack() as stack:
+            if name is not None:
+                work = self.home / "work" / name
+                fresh = not work.exists()
+                try:
+                    stack.enter_context(self.lock(name, "being collected"))
+                except LaunchError:
+                    return []
+                if fresh and what != "work":
+                    stack.callback(shutil.rmtree, work)
+            _remove(folder)
+        return [removed]
+
+    def _bases(self, name: str) -> Iterator[str]:
+        """Names of the artifacts that this one cannot be loaded without."""
+        try:
+            manifest = Manifest.model_validate_json((self.home / "artifacts" / name / MANIFEST).read_bytes())
+        except (OSError, ValidationError):
+            return
+        if manifest.policy is not None and manifest.policy.base_kind == "stage" and manifest.policy.adapter:
+            yield _name(manifest.policy.base)
+
+    def _folders(self, kind: str) -> list[Path]:
+        parent = self.home / kind
+        return sorted(p for p in parent.iterdir() if p.is_dir() and not p.is_symlink()) if parent.is_dir() else []
+
+    def _folder(self, fingerprint: str) -> Path:
+        return self.home / "artifacts" / _name(fingerprint)
+
+    def _set_aside(self, folder: Path, why: ArtifactError) -> None:
+        try:
+            aside = _made(self.home / "damaged") / f"{folder.name}-{uuid.uuid4().hex[:8]}"
+            folder.rename(aside)
+        except FileNotFoundError:
+            return  # another process moved it
+        except (OSError, LaunchError):
+            raise ArtifactError(
+                f"{why.message}; it cannot be moved aside",
+                where=why.where,
+                fix="delete this folder by hand, then run again",
+            ) from None
+
+
+def _open(folder: Path, fingerprint: str) -> Artifact:
+    verify_once(folder)
+    try:
+        manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
+    except (OSError, ValidationError) as error:
+        raise ArtifactError(f"{MANIFEST} is not one of this version of align: {error}", where=str(folder)) from None
+    if manifest.fingerprint != fingerprint:
+        raise ArtifactError(f"{MANIFEST} tells another fingerprint, {manifest.fingerprint}", where=str(folder))
+    manifest.files = read_seal(folder).files
+    return Artifact(folder, manifest)
+
+
+def _name(fingerprint: str) -> str:
+    if not re.fullmatch(r"[0-9A-Za-z_-]+", fingerprint):
+        raise ArtifactError(f"{fingerprint!r} is not a fingerprint")
+    return fingerprint[:NAME_DIGITS]
+
+
+def _made(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LaunchError(
+            f"cannot write to {error.filename}: {error.strerror}", fix="set ALIGN_HOME to a folder you can write to"
+        ) from None
+    return folder
+
+
+def _remove(folder: Path) -> None:
+    """Delete a folder so that a crash on the way leaves nothing that looks like it."""
+    if folder.is_dir():
+        gone = folder.with_name(f".{folder.name.lstrip('.')}.{uuid.uuid4().hex}")
+        folder.rename(gone)
+        shutil.rmtree(gone)
+
+
+def _is_busy(work: Path) -> bool:
+    """Whether a runner works on it, or a worker whose runner was killed."""
+    return any(is_locked(path) for path in work.glob("*.lock"))
+
+
+def _inputs(work: Path) -> Iterator[str]:
+    """Names of the artifacts that an unfinished stage reads."""
+    try:
+        inputs = json.loads((work / "job.json").read_text()).get("inputs", {})
+    except (OSError, ValueError):
+        return
+    for fingerprint in inputs.values():
+        yield _name(fingerprint)
