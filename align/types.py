@@ -1,20 +1,21 @@
 """What a method sees and what it returns. Shape letters: B examples, K candidates, T tokens, N units of a term.
 
-A method is a pure function ``(logps, config) -> LossOutput``. It receives log-probabilities that are already summed over
-the completion mask, in fp32, and returns *terms*: sums and weights, never a mean. The step divides by the weight of the
-whole optimizer step, over all packs and ranks, so the loss does not depend on how examples were packed or spread.
+A method is a pure function ``(logps, config) -> LossOutput``. It receives log-probabilities that are already summed
+over the completion mask, in fp32, and returns *terms*: sums and weights, never a mean. The step divides by the weight
+of the whole optimizer step, over all packs and ranks, so the loss does not depend on how examples were packed or
+spread.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from enum import Enum
+from enum import StrEnum
 
 import torch
 from torch import Tensor
 
 
-class Batch(str, Enum):
+class Batch(StrEnum):
     """What one example of a method is made of. A new batch kind is a design change; a new loss never is."""
 
     TOKENS = "tokens"
@@ -28,7 +29,7 @@ class Batch(str, Enum):
         return 2 if self is Batch.PAIRED else 1
 
 
-class Needs(str, Enum):
+class Needs(StrEnum):
     """What a method asks the engine to compute."""
 
     LOGPS = "logps"

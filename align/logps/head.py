@@ -23,8 +23,8 @@ TILE_ELEMENTS = 2**24
 def token_logps(causal_lm: Any, pack: Pack) -> Tensor:
     """[N] log-probabilities of the trained tokens of a pack, in nats, fp32.
 
-    No attention mask is passed: rows are padded on the right, so it would not change a real token, and without it the fast
-    causal kernel is used.
+    No attention mask is passed: rows are padded on the right, so it would not change a real token, and without it the
+    fast causal kernel is used.
     """
     hidden = causal_lm.model(input_ids=pack.input_ids, use_cache=False).last_hidden_state
     hidden = hidden.flatten(0, 1)
@@ -37,7 +37,8 @@ def token_logps(causal_lm: Any, pack: Pack) -> Tensor:
         tiles = [_tile(causal_lm.lm_head, h, y) for h, y in _tiles(states, pack.targets, tile)]
     else:
         tiles = [
-            checkpoint(_tile, causal_lm.lm_head, h, y, use_reentrant=False) for h, y in _tiles(states, pack.targets, tile)
+            checkpoint(_tile, causal_lm.lm_head, h, y, use_reentrant=False)
+            for h, y in _tiles(states, pack.targets, tile)
         ]
     return torch.cat(tiles)
 

@@ -1,8 +1,8 @@
 """Packs: the examples of one forward pass, cut by token budget.
 
 A pack lists, for every trained token, which hidden state predicts it and which completion it belongs to. Nothing after
-this file knows how completions were laid out in rows. Shape letters: R rows, T padded row length, C completions, N trained
-tokens.
+this file knows how completions were laid out in rows. Shape letters: R rows, T padded row length, C completions, N
+trained tokens.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ class Pack:
 def pack_examples(examples: Sequence[Example], pack_tokens: int) -> list[Pack]:
     """Cut examples into packs of at most `pack_tokens` padded tokens, longest first.
 
-    All completions of an example stay in one pack, because a loss may need them together. An example that is larger than
-    the budget gets a pack of its own. The result depends on the examples alone, never on their order in time.
+    All completions of an example stay in one pack, because a loss may need them together. An example that is larger
+    than the budget gets a pack of its own. The result depends on the examples alone, never on their order in time.
     """
     size = [max(_row_length(e, c) for c in e.completions) for e in examples]
     order = sorted(range(len(examples)), key=lambda i: (-size[i], i))
@@ -87,7 +87,9 @@ def pack_examples(examples: Sequence[Example], pack_tokens: int) -> list[Pack]:
 
 
 def empty_pack(completions: int) -> Pack:
-    """A pack that owns no trained token: it keeps ranks in step (ZeRO-3 needs equal forward counts) and adds nothing."""
+    """A pack that owns no trained token: it keeps ranks in step (ZeRO-3 needs equal forward counts) and adds
+    nothing.
+    """
     none = torch.zeros(0, dtype=torch.long)
     return Pack(torch.full((1, 2), PAD_ID), none, none, none, completions, ())
 

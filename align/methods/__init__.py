@@ -1,7 +1,7 @@
 """Discovery and the registry of training methods.
 
-A method is one file here (or in another package, through the entry point group `align.methods`): a config class and a pure
-loss, joined by the `@method` decorator. Nothing else has to be edited to add one.
+A method is one file here (or in another package, through the entry point group `align.methods`): a config class and a
+pure loss, joined by the `@method` decorator. Nothing else has to be edited to add one.
 """
 
 from __future__ import annotations

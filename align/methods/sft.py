@@ -11,8 +11,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
-
 from align.methods import method
 from align.spec.stages import TokensStage
 from align.types import Batch, LossOutput, Needs, Term, TokensLogps

@@ -8,24 +8,26 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+from align.data import DataReport, Example, load_examples, split_validation
+from align.data.check import training_texts
 from torch import nn
 
 from align.artifacts.manifest import Manifest, PolicyRecord, hardware, library_versions
 from align.artifacts.store import Store
-from align.data import DataReport, Example, load_examples, split_validation
-from align.data.check import training_texts
 from align.logps import check_head
 from align.methods import Method, get_method
 from align.methods.pretrain import Pretrain
-from align.models.base import load_base, load_tokenizer, new_base, train_tokenizer
+from align.models.base import load_base, new_base
+from align.models.card import write_card
 from align.models.platform import compute_dtype, device
 from align.models.roles import RoleModel
-from align.models.save import save_policy, write_card
+from align.models.save import save_policy
+from align.models.tokenizer import load_tokenizer, train_tokenizer
 from align.spec.job import Job
 from align.spec.model import ModelSettings
 from align.spec.stages import PolicyStage, Referenced, TrainedStage
@@ -230,9 +232,7 @@ def _save(
     work, folder = Path(job.work), store.temporary(job.fingerprint)
     roles = opened.roles
     base_reference = _base_reference(opened.record, store)
-    save_policy(
-        roles, "policy", folder, tokenizer=tokenizer, base_reference=base_reference, state=trainer.final_state
-    )
+    save_policy(roles, "policy", folder, tokenizer=tokenizer, base_reference=base_reference, state=trainer.final_state)
     shutil.copy(work / "metrics.jsonl", folder / "metrics.jsonl")
     reports = {name: report.model_dump() for name, report in data_report.items()}
     (folder / "data.json").write_text(json.dumps(reports, indent=1, ensure_ascii=False))
@@ -254,7 +254,7 @@ def _save(
         wall_seconds=seconds,
         peak_memory_bytes=_peak_memory(),
         steps=trainer.state.global_step,
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
     write_card(folder, manifest)
     store.add(manifest, folder)

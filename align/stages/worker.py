@@ -1,7 +1,7 @@
 """Entry point of a worker process: `python -m align.stages.worker JOB.json`, or the same under torchrun.
 
-A worker runs one stage and answers with `status.json`: launchers turn every failure into exit code 1, so the real code travels
-in the file. Rank 0 speaks for all.
+A worker runs one stage and answers with `status.json`: launchers turn every failure into exit code 1, so the real
+code travels in the file. Rank 0 speaks for all.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from transformers import TrainingArguments
 
 import align
@@ -37,10 +38,12 @@ def training_arguments(
 ) -> TrainingArguments:
     """Build the arguments.
 
-    `use_cpu` is not a convenience: without it two CPU ranks would train two independent models. With ZeRO-3 this has to be
-    called before the model is loaded.
+    `use_cpu` is not a convenience: without it two CPU ranks would train two independent models. With ZeRO-3 this has
+    to be called before the model is loaded.
     """
     validation = settings.validation
+    # Naming a backend makes accelerate expect a process group, which one plain process does not have.
+    backend = ("gloo" if use_cpu else "nccl") if dist.is_initialized() else None
     return TrainingArguments(
         output_dir=str(work / "staging"),
         run_name=run_name,
@@ -68,7 +71,7 @@ def training_arguments(
         seed=settings.seed,
         bf16=bf16,
         use_cpu=use_cpu,
-        ddp_backend="gloo" if use_cpu else "nccl",
+        ddp_backend=backend,
         ddp_find_unused_parameters=False,
         deepspeed=deepspeed if launch.deepspeed != "none" else None,
         remove_unused_columns=False,

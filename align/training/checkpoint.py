@@ -20,6 +20,7 @@ WEIGHTS = "trainable.safetensors"
 
 
 def step_of(checkpoint: Path) -> int:
+    """The optimizer step a published checkpoint was taken after."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
@@ -62,9 +63,11 @@ def gather_trainable(roles: Any) -> dict[str, Tensor]:
 
 
 def write_trainable(state: dict[str, Tensor], folder: Path) -> None:
+    """Write what `gather_trainable` gave, as safetensors."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def read_trainable(folder: Path) -> dict[str, Tensor]:
+    """Read what `write_trainable` wrote."""
     return load_file(folder / WEIGHTS)

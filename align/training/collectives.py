@@ -11,14 +11,17 @@ T = TypeVar("T")
 
 
 def rank() -> int:
+    """This process's place in the group; 0 without one."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
+    """Processes in the group; 1 without one."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def barrier() -> None:
+    """Wait for every rank."""
     if dist.is_initialized():
         dist.barrier()
 

@@ -26,7 +26,8 @@ def reference_logps(
 ) -> list[tuple[float, ...]]:
     """Every example's completions under `role`, read from `cache` or computed by all ranks together.
 
-    Each rank computes a slice; ranks with fewer packs run empty ones, because ZeRO-3 gathers parameters in every forward.
+    Each rank computes a slice; ranks with fewer packs run empty ones, because ZeRO-3 gathers parameters in every
+    forward.
 
     Raises:
         TrainingError: If the cache belongs to other examples.
@@ -92,6 +93,6 @@ def starting_kl(
     if same and worst > TOLERANCE[dtype]:
         raise TrainingError(
             f"policy and reference are the same stage but differ by {worst:.3g} nats per token before the first step",
-            fix="report this: the reference is not the policy's starting point (dropout, a wrong adapter or a wrong base)",
+            fix="report this: the reference is not where the policy starts (dropout, wrong adapter, wrong base)",
         )
     return sum(differences) / len(differences)

@@ -17,9 +17,9 @@ from align.spec.train import TrainSettings
 class Schedule:
     """The global batches of a run.
 
-    Every epoch is a permutation drawn from (seed, epoch); a step takes the next `global_batch_size` of it. Neither the world
-    size nor what happened before a resume enters, so a step's batch is the same on one process, on many, and after a
-    restart.
+    Every epoch is a permutation drawn from (seed, epoch); a step takes the next `global_batch_size` of it. Neither
+    the world size nor what happened before a resume enters, so a step's batch is the same on one process, on many,
+    and after a restart.
 
     Attributes:
         examples: Number of training examples.

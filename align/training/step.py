@@ -1,8 +1,8 @@
 """From examples to terms: the only place that knows packs, roles and exact reduction at once.
 
-The loss of an optimizer step is  sum_terms coefficient * (sum of sums) / (sum of weights)  over all packs and all ranks.
-The weights have to be known before the first backward pass; as they depend on lengths and data alone, they are found by
-calling the method once on zero log-probabilities.
+The loss of an optimizer step is  sum_terms coefficient * (sum of sums) / (sum of weights)  over all packs and all
+ranks. The weights have to be known before the first backward pass; as they depend on lengths and data alone, they are
+found by calling the method once on zero log-probabilities.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from align.data.chat import Example
 from align.logps import Pack, empty_pack, pack_examples, token_logps
 from align.methods import Method
 from align.spec.stages import TrainedStage
-from align.types import Batch, LossOutput, Logps, PairedLogps, Term, TokensLogps
+from align.types import Batch, Logps, LossOutput, PairedLogps, Term, TokensLogps
 
 Reference = Sequence[float]
 """Log-probabilities of an example's completions under the reference, in nats."""

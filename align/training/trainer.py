@@ -1,4 +1,4 @@
-"""The only `transformers.Trainer` subclass: one optimizer step per call, with exact terms, guards and sealed checkpoints.
+"""The only `transformers.Trainer` subclass: an optimizer step per call, exact terms, guards, sealed checkpoints.
 
 A Trainer batch is this rank's share of one optimizer step, as example indices. `training_step` cuts it into packs, runs
 them, and owns the accumulation boundary, so `gradient_accumulation_steps` stays 1 under every launcher.
@@ -91,7 +91,7 @@ class AlignTrainer(Trainer):
         report: Report | None = None,
     ) -> None:
         dataset = StepDataset(schedule, collectives.rank(), collectives.world_size())
-        super().__init__(model, args, train_dataset=dataset)
+        super().__init__(model, args, train_dataset=dataset, eval_dataset=list(validation) or None)
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
         self.step, self.examples, self.validation = step, examples, validation
@@ -151,7 +151,9 @@ class AlignTrainer(Trainer):
             if self.is_deepspeed_enabled:
                 path, _ = model.load_checkpoint(str(folder), load_module_strict=False)
                 if path is None:
-                    raise TrainingError(f"DeepSpeed found no state in {folder}", fix="delete this checkpoint and run again")
+                    raise TrainingError(
+                        f"DeepSpeed found no state in {folder}", fix="delete this checkpoint and run again"
+                    )
             else:
                 self.model.load_trainable_state(ckpt.read_trainable(folder))
                 self._load_optimizer_and_scheduler(str(folder))

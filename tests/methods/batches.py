@@ -30,6 +30,6 @@ def random_batch(method: Method, n: int, seed: int = 0, dtype: torch.dtype = tor
     chosen, rejected = random_logps(n, seed, dtype), random_logps(n, seed + 1, dtype)
     reference = None
     if method.reference:
-        shift = lambda l, s: Logps(l.total + random_logps(n, s, dtype).total * 0.1, l.length)  # noqa: E731
+        shift = lambda own, s: Logps(own.total + random_logps(n, s, dtype).total * 0.1, own.length)  # noqa: E731
         reference = PairedLogps(shift(chosen, seed + 2), shift(rejected, seed + 3), weight)
     return PairedLogps(chosen, rejected, weight, reference)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.methods.batches import config_of, random_batch
 
 from align.methods import Method
 from align.types import Batch, LossOutput, PairedLogps, map_logps
+from tests.methods.batches import config_of, random_batch
 
 
 def part(batch, rows):
@@ -18,7 +18,9 @@ def total(outputs: list[LossOutput]) -> torch.Tensor:
     """The step's reduction: coefficient * sum of sums / sum of weights."""
     names = outputs[0].terms
     return sum(
-        names[n].coefficient * sum(o.terms[n].sum.sum() for o in outputs) / sum(o.terms[n].weight.sum() for o in outputs)
+        names[n].coefficient
+        * sum(o.terms[n].sum.sum() for o in outputs)
+        / sum(o.terms[n].weight.sum() for o in outputs)
         for n in names
     )
 
@@ -26,7 +28,7 @@ def total(outputs: list[LossOutput]) -> torch.Tensor:
 def policy_leaves(batch):
     """The tensors of the policy's log-probabilities, made leaves."""
     logps = [batch.policy] if not isinstance(batch, PairedLogps) else [batch.chosen, batch.rejected]
-    return [l.total.requires_grad_() for l in logps]
+    return [leaf.total.requires_grad_() for leaf in logps]
 
 
 def test_the_loss_is_a_finite_fp32_scalar_with_gradient(method: Method):
@@ -36,7 +38,7 @@ def test_the_loss_is_a_finite_fp32_scalar_with_gradient(method: Method):
     loss.backward()
     assert loss.shape == ()
     assert loss.dtype == torch.float32
-    assert all(torch.isfinite(l.grad).all() and l.grad.abs().sum() > 0 for l in leaves)
+    assert all(torch.isfinite(leaf.grad).all() and leaf.grad.abs().sum() > 0 for leaf in leaves)
 
 
 def test_micro_batches_equal_the_full_batch(method: Method):
@@ -51,12 +53,12 @@ def test_gradients_of_micro_batches_equal_the_full_batch(method: Method):
     batch, config = random_batch(method, 8), config_of(method)
     leaves = policy_leaves(batch)
     total([method.loss(batch, config)]).backward()
-    full = [l.grad.clone() for l in leaves]
-    for l in leaves:
-        l.grad = None
+    full = [leaf.grad.clone() for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None
     total([method.loss(part(batch, slice(i, i + 2)), config) for i in range(0, 8, 2)]).backward()
-    for l, expected in zip(leaves, full, strict=True):
-        torch.testing.assert_close(l.grad, expected)
+    for leaf, expected in zip(leaves, full, strict=True):
+        torch.testing.assert_close(leaf.grad, expected)
 
 
 def test_order_of_examples_does_not_matter(method: Method):
@@ -69,8 +71,8 @@ def test_weights_do_not_depend_on_logps(method: Method):
     """The step asks for the weights before any forward pass."""
     batch, config = random_batch(method, 5), config_of(method)
     lengths_kept = map_logps(batch, torch.clone)
-    for l in policy_leaves(lengths_kept):
-        l.data.zero_()
+    for leaf in policy_leaves(lengths_kept):
+        leaf.data.zero_()
     before, after = method.loss(batch, config).terms, method.loss(lengths_kept, config).terms
     assert before.keys() == after.keys()
     for name in before:

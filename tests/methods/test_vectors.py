@@ -20,7 +20,11 @@ def paired(inputs) -> PairedLogps:
     lengths = [
         torch.tensor(inputs.get(f"{side}_lengths", [1] * n), dtype=torch.float64) for side in ("chosen", "rejected")
     ]
-    rows = lambda who: [Logps(as64(f"{who}_{s}_logps"), x) for s, x in zip(("chosen", "rejected"), lengths)]  # noqa: E731
+
+    def rows(who: str) -> list[Logps]:
+        sides = zip(("chosen", "rejected"), lengths, strict=True)
+        return [Logps(as64(f"{who}_{side}_logps"), length) for side, length in sides]
+
     weight = torch.ones(n, dtype=torch.float64)
     return PairedLogps(*rows("policy"), weight, PairedLogps(*rows("ref"), weight))
 
@@ -42,9 +46,7 @@ def test_dpo_sigmoid(vectors):
     assert out.metrics["rewards/chosen"].sum.tolist() == pytest.approx(expected["chosen_rewards"], abs=TOLERANCE)
     assert out.metrics["rewards/rejected"].sum.tolist() == pytest.approx(expected["rejected_rewards"], abs=TOLERANCE)
     assert out.metrics["rewards/accuracy"].value.item() == pytest.approx(expected["accuracy"], abs=TOLERANCE)
-    assert batch.chosen.total.grad.tolist() == pytest.approx(
-        expected["d_sum_loss_d_policy_chosen_logp"], abs=TOLERANCE
-    )
+    assert batch.chosen.total.grad.tolist() == pytest.approx(expected["d_sum_loss_d_policy_chosen_logp"], abs=TOLERANCE)
 
 
 def test_label_smoothing_is_read(vectors):

@@ -1,0 +1,131 @@
+"""A tiny base, tiny data, and one training run on it: shared by the tests of the trainer and of several ranks."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from align.data.chat import Completion, Example
+
+from align.methods import get_method
+from align.models import load_base, new_base, train_tokenizer
+from align.models.platform import prepare_process
+from align.models.roles import RoleModel
+from align.spec.model import Architecture, LoraSettings, TokenizerSettings
+from align.spec.train import LaunchSettings, LoggingSettings, TrainSettings
+from align.training.arguments import deepspeed_config, training_arguments
+from align.training.schedule import Schedule
+from align.training.step import Step
+from align.training.trainer import AlignTrainer
+from tests.methods.batches import config_of
+
+VOCAB = 300
+
+
+def save_tiny_base(folder: Path) -> Path:
+    """A random Llama (hidden 64, two layers) with its tokenizer, as a Hugging Face folder."""
+    tokenizer = train_tokenizer(["the sea is wide and the hills are green " * 4], TokenizerSettings(vocab_size=VOCAB))
+    sizes = Architecture(hidden_size=64, intermediate_size=96, layers=2, heads=2, max_positions=128)
+    base = new_base(sizes, tokenizer, seed=0)
+    with torch.no_grad():
+        for p in base.parameters():
+            if p.dim() > 1:
+                p.mul_(5)  # far from uniform, so that a wrong mask or shift shows in the loss
+    base.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def random_examples(n: int, completions: int, seed: int = 0, longest: int = 24) -> list[Example]:
+    g = torch.Generator().manual_seed(seed)
+    ids = lambda k: torch.randint(5, 260, (k,), generator=g).tolist()  # noqa: E731
+    size = lambda low: int(torch.randint(low, longest, (1,), generator=g))  # noqa: E731
+    out = []
+    for i in range(n):
+        parts = []
+        for _ in range(completions):
+            body = ids(size(1))
+            parts.append(Completion(body, [True] * len(body), False))
+        out.append(Example(i, ids(size(2)), tuple(parts), 1.0))
+    return out
+
+
+@dataclass
+class Run:
+    """One tiny training run, to be made on any number of ranks."""
+
+    base: Path
+    work: Path
+    kind: str = "sft"
+    quantization: str = "none"
+    adapter: bool = True
+    checkpointing: bool = False
+    deepspeed: str = "none"
+    steps: int = 4
+    pack_tokens: int = 64
+    save_every: int = 100
+    validation: int = 0
+    learning_rate: float = 1e-2
+    parameter_hook: Any = None
+    """Called with (trainer, rank) before the run; tests inject faults here."""
+
+    def trainer(self) -> AlignTrainer:
+        prepare_process()
+        self.work.mkdir(parents=True, exist_ok=True)
+        method = get_method(self.kind)
+        examples = random_examples(24, method.batch.completions)
+        held_out = random_examples(self.validation, method.batch.completions, seed=1)
+        settings = TrainSettings(
+            max_steps=self.steps, global_batch_size=6, learning_rate=self.learning_rate, lr_scheduler="constant",
+            warmup_ratio=0, log_every_steps=1, save_every_steps=self.save_every,
+            validation={"every_steps": 2} if self.validation else None,
+        )  # fmt: skip
+        schedule = Schedule.of(settings, len(examples))
+        config = copy.deepcopy(deepspeed_config(self.deepspeed))
+        if config and self.deepspeed == "zero3":
+            config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # really shard these tiny tensors
+        args = training_arguments(
+            settings, work=self.work, total_steps=schedule.total_steps, launch=LaunchSettings(deepspeed=self.deepspeed),
+            logging=LoggingSettings(), bf16=False, use_cpu=True, deepspeed=config,
+        )  # fmt: skip
+        roles = RoleModel(
+            load_base(self.base, quantization=self.quantization), gradient_checkpointing=self.checkpointing
+        )
+        role = None
+        if self.adapter:
+            roles.add_adapter("policy", settings=LoraSettings(rank=4, alpha=8), trainable=True, seed=0)
+            if method.reference:
+                roles.add_adapter("reference", copy_of="policy", trainable=False)
+                role = "reference"
+        else:
+            roles.train_base()
+            role = "policy" if method.reference else None
+        return AlignTrainer(
+            roles, args, step=Step(method, config_of(method), self.pack_tokens), schedule=schedule, examples=examples,
+            validation=held_out, validation_settings=settings.validation, reference_role=role, same_reference=True,
+            work=self.work,
+        )  # fmt: skip
+
+
+def losses(trainer: AlignTrainer, key: str = "loss") -> list[float]:
+    return [line[key] for line in trainer.state.log_history if key in line]
+
+
+def fit(rank: int, world: int, run: Run) -> dict[str, Any]:
+    """Train and tell the losses, the gradient norms and the final tensors."""
+    trainer = run.trainer()
+    if run.parameter_hook is not None:
+        run.parameter_hook(trainer, rank)
+    trainer.fit()
+    return {
+        "losses": losses(trainer),
+        "eval_losses": losses(trainer, "eval_loss"),
+        "grad_norms": losses(trainer, "grad_norm"),
+        "state": {k: v.numpy() for k, v in trainer.final_state.items()},
+        "resumed": trainer.resumed_from_step,
+        "wrapper": type(trainer.model_wrapped).__name__,
+        "sharded": any(hasattr(p, "ds_id") and p.numel() == 0 for p in trainer.model.parameters()),
+    }
