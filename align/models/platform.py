@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from functools import cache
 from typing import Literal
@@ -17,7 +18,11 @@ def prepare_process() -> None:
 
     Without a GPU every operation is made deterministic, so that a seeded run can be repeated bit for bit.
     """
+    from transformers.utils.logging import disable_progress_bar
+
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    disable_progress_bar()  # worker output goes to a file
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels it does without, layer by layer
     if "OMP_NUM_THREADS" not in os.environ:
         # Ranks of one machine share its cores: more threads than cores are up to a hundred times slower.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
@@ -56,21 +61,3 @@ def prepare_bitsandbytes() -> None:
     except ImportError as error:
         raise LaunchError(f"bitsandbytes cannot be imported: {error}", fix="pip install bitsandbytes") from error
     modules.has_avx512bf16 = lambda: False
-
-
-@cache
-def prepare_deepspeed() -> None:
-    """Import DeepSpeed and start its process group; before `TrainingArguments` and before a model is loaded.
-
-    On a CPU its shared-memory collectives would be compiled at first use; gloo does the same without a compiler.
-    """
-    try:
-        import deepspeed
-    except ImportError as error:
-        raise LaunchError(
-            f"DeepSpeed cannot be imported: {error}", where="launch.deepspeed", fix="pip install 'align[deepspeed]'"
-        ) from error
-    on_cpu = not torch.cuda.is_available()
-    if on_cpu:
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="gloo" if on_cpu else "nccl")
