@@ -1,8 +1,10 @@
 """The store: artifacts by fingerprint, work folders of unfinished stages, locks and garbage collection.
 
-home/artifacts/<16 digits of the fingerprint>/    sealed; a name that starts with a dot is still being written
-home/work/<16 digits of the fingerprint>/         checkpoints, logs and the lock of a stage that is not finished
-home/damaged/                                     what did not verify, kept for a look until the next collection
+Under its home, NAME standing for the first 16 digits of a fingerprint:
+
+- `artifacts/NAME/` is sealed; a folder whose name starts with a dot is still being written.
+- `work/NAME/` has checkpoints, log and lock of a stage that is not finished.
+- `damaged/` has what did not verify, for a look until the next collection.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -31,6 +33,9 @@ logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 LOCK = "stage.lock"
 NAME_DIGITS = 16
+
+What = Literal["artifact", "work", "temporary", "damaged"]
+PARENTS: dict[What, str] = {"artifact": "artifacts", "work": "work", "damaged": "damaged"}
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ class Removed:
 
     path: Path
     bytes: int
-    what: Literal["artifact", "work", "temporary", "damaged"]
+    what: What
 
 
 class Store:
@@ -73,7 +78,7 @@ class Store:
         Raises:
             ArtifactError: It is damaged and cannot be moved.
         """
-        folder = self._folder(fingerprint)
+        folder = self.folder(fingerprint)
         if not folder.is_dir():
             return None
         try:
@@ -89,7 +94,7 @@ class Store:
         Raises:
             ArtifactError: It is absent or damaged.
         """
-        folder = self._folder(fingerprint)
+        folder = self.folder(fingerprint)
         try:
             return _open(folder, fingerprint)
         except ArtifactError as error:
@@ -113,7 +118,7 @@ class Store:
         Raises:
             ArtifactError: The disk is full, or the folder holds a link or a special file.
         """
-        final = self._folder(manifest.fingerprint)
+        final = self.folder(manifest.fingerprint)
         try:
             write_atomic(temporary / MANIFEST, manifest.model_dump_json(indent=1))
             publish(temporary, final)
@@ -128,7 +133,7 @@ class Store:
 
     def discard(self, fingerprint: str) -> None:
         """Remove the artifact and all that its unfinished stage kept. The caller holds the lock."""
-        _remove(self._folder(fingerprint))
+        _remove(self.folder(fingerprint))
         work = self.home / "work" / _name(fingerprint)
         for path in list(work.iterdir()) if work.is_dir() else []:
             if path.is_dir() and not path.is_symlink():
@@ -153,50 +158,41 @@ class Store:
     def collect(self, keep: set[str], *, dry_run: bool = False) -> list[Removed]:
         """Remove what is neither kept nor in use.
 
-        Kept are the artifacts and unfinished stages of these fingerprints, of every stage that is locked now, and of the
-        bases that kept adapters stand on; of a locked stage also its inputs.
+        Kept are the artifacts and unfinished stages of these fingerprints and of every stage that is locked now, the
+        inputs of locked stages, and the bases that kept adapters stand on.
 
         Args:
             keep: Fingerprints, or artifact names (their first 16 digits).
             dry_run: Only tell.
         """
-        names = {_name(each) for each in keep}
         busy = {folder.name for folder in self._folders("work") if _is_busy(folder)}
-        needed = names | busy | {name for each in busy for name in _inputs(self.home / "work" / each)}
+        needed = {_name(each) for each in keep} | busy
+        needed |= {name for each in busy for name in _inputs(self.home / "work" / each)}
         needed |= {base for name in needed for base in self._bases(name)}
         removed = []
-        for folder in self._folders("artifacts"):
-            name = folder.name.split(".")[1] if folder.name.startswith(".") else folder.name
-            if folder.name.startswith("."):
-                if name not in busy:
-                    removed += self._collected(folder, "temporary", name, dry_run)
-            elif name not in needed:
-                removed += self._collected(folder, "artifact", name, dry_run)
-        for folder in self._folders("work"):
-            if folder.name not in needed:
-                removed += self._collected(folder, "work", folder.name, dry_run)
-        for folder in self._folders("damaged"):
-            removed += self._collected(folder, "damaged", None, dry_run)
+        for what, parent in PARENTS.items():
+            for folder in self._folders(parent):
+                name, leftover = folder.name.lstrip(".").split(".")[0], folder.name.startswith(".")
+                if what == "damaged" or name not in (busy if leftover else needed):
+                    removed += self._collected(folder, "temporary" if leftover else what, name, dry_run)
         return removed
 
-    def _collected(
-        self, folder: Path, what: Literal["artifact", "work", "temporary", "damaged"], name: str | None, dry_run: bool
-    ) -> list[Removed]:
+    def _collected(self, folder: Path, what: What, name: str, dry_run: bool) -> list[Removed]:
         """Remove one folder under the lock of its stage; nothing if somebody took that in the meantime."""
         removed = Removed(folder, folder_bytes(folder), what)
         if dry_run:
             return [removed]
-        with ExitStack() as stack:
-            if name is not None:
-                work = self.home / "work" / name
-                fresh = not work.exists()
-                try:
-                    stack.enter_context(self.lock(name, "being collected"))
-                except LaunchError:
-                    return []
-                if fresh and what != "work":
-                    stack.callback(shutil.rmtree, work)
-            _remove(folder)
+        if what == "damaged":
+            shutil.rmtree(folder)
+            return [removed]
+        fresh = not (self.home / "work" / name).exists()
+        try:
+            with locked(self.work(name) / LOCK, "garbage collection"):
+                _remove(folder)
+                if fresh:
+                    _remove(self.home / "work" / name)
+        except LaunchError:
+            return []
         return [removed]
 
     def _bases(self, name: str) -> Iterator[str]:
@@ -212,7 +208,8 @@ class Store:
         parent = self.home / kind
         return sorted(p for p in parent.iterdir() if p.is_dir() and not p.is_symlink()) if parent.is_dir() else []
 
-    def _folder(self, fingerprint: str) -> Path:
+    def folder(self, fingerprint: str) -> Path:
+        """Where the artifact of a fingerprint is, or will be."""
         return self.home / "artifacts" / _name(fingerprint)
 
     def _set_aside(self, folder: Path, why: ArtifactError) -> None:

@@ -87,9 +87,7 @@ def pack_examples(examples: Sequence[Example], pack_tokens: int) -> list[Pack]:
 
 
 def empty_pack(completions: int) -> Pack:
-    """A pack that owns no trained token: it keeps ranks in step (ZeRO-3 needs equal forward counts) and adds
-    nothing.
-    """
+    """A pack without a trained token: it adds nothing and keeps ranks in step (ZeRO-3 needs equal forward counts)."""
     none = torch.zeros(0, dtype=torch.long)
     return Pack(torch.full((1, 2), PAD_ID), none, none, none, completions, ())
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from align.artifacts.manifest import PolicyRecord
 from align.artifacts.store import Store
-from align.errors import RecipeError
+from align.models.policies import locate
 from align.spec.base import HubAdapter
 from align.spec.job import Job
 from align.spec.model import ModelSettings
@@ -40,23 +40,18 @@ class Start:
         )
 
 
-def base_folder(store: Store, fingerprint: str) -> Path:
-    """The model folder in the artifact of a stage that was trained in full, or merged."""
-    return store.get(fingerprint).folder / "model"
-
-
 def of_stage(store: Store, fingerprint: str) -> Start:
     """The start that a finished policy stage offers."""
-    artifact = store.get(fingerprint)
-    record = artifact.manifest.policy
-    if record is None:
-        raise RecipeError(f"stage {artifact.manifest.stage!r} produced no policy")
-    if not record.adapter:
-        return Start(str(artifact.folder / "model"), fingerprint, "stage")
-    adapter = str(artifact.folder / "adapter")
-    if record.base_kind == "stage":
-        return Start(str(base_folder(store, record.base)), record.base, "stage", None, adapter)
-    return Start(record.base, record.base, record.base_kind, record.revision, adapter)
+    source, record = locate(store, fingerprint), store.get(fingerprint).manifest.policy
+    assert record is not None
+    if source.adapter is None:
+        return Start(source.base, fingerprint, "stage")
+    return Start(source.base, record.base, record.base_kind, source.revision, str(source.adapter))
+
+
+def itself(job: Job) -> Start:
+    """The base that a stage trained in full becomes."""
+    return Start("", job.fingerprint, "stage")
 
 
 def of_model(job: Job, model: ModelSettings, store: Store) -> Start:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import resource
 import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +14,21 @@ from align.data import DataReport, Example, load_examples, split_validation
 from align.data.check import training_texts
 from torch import nn
 
-from align.artifacts.manifest import Manifest, PolicyRecord, hardware, library_versions
+from align.artifacts.manifest import PolicyRecord
 from align.artifacts.store import Store
 from align.logps import check_head
 from align.methods import Method, get_method
 from align.methods.pretrain import Pretrain
 from align.models.base import load_base, new_base
-from align.models.card import write_card
 from align.models.platform import compute_dtype, device
 from align.models.roles import RoleModel
-from align.models.save import save_policy
+from align.models.save import MODEL, merge_adapter
 from align.models.tokenizer import load_tokenizer, train_tokenizer
 from align.spec.job import Job
 from align.spec.model import ModelSettings
 from align.spec.stages import PolicyStage, Referenced, TrainedStage
 from align.stages import start
+from align.stages.finish import publish_policy
 from align.training import collectives
 from align.training.arguments import deepspeed_config, training_arguments
 from align.training.distributed import process_group
@@ -49,12 +46,14 @@ class Opened:
         roles: What is trained.
         reference_role: Role that computes the reference, `policy` for a policy that is its own at step 0, or None.
         same_reference: Whether policy and reference are the same stage.
+        begin: Where the policy starts.
         record: What the manifest will say of the policy.
     """
 
     roles: RoleModel
     reference_role: str | None
     same_reference: bool
+    begin: start.Start
     record: PolicyRecord
 
 
@@ -108,7 +107,18 @@ def run(job: Job, settings: TrainedStage, store: Store, report: Any) -> None:
         )
         trainer.fit()
         if collectives.rank() == 0:
-            _save(job, settings, store, opened, trainer, tokenizer, data_report, time.monotonic() - began)
+            publish_policy(
+                job,
+                settings,
+                store,
+                roles=opened.roles,
+                begin=opened.begin,
+                record=opened.record,
+                trainer=trainer,
+                tokenizer=tokenizer,
+                reports=data_report,
+                seconds=time.monotonic() - began,
+            )
         collectives.barrier()
 
 
@@ -156,36 +166,59 @@ def _open(job: Job, settings: TrainedStage, store: Store, tokenizer: Any) -> Ope
         base = new_base(settings.architecture, tokenizer, settings.train.seed)
         roles = RoleModel(base)
         roles.train_base()
-        model = ModelSettings(base=job.stage, adapter="none")
-        return Opened(roles, None, False, start.Start("", job.fingerprint, "stage").record(model, adapter=False))
+        own = start.itself(job)
+        return Opened(roles, None, False, own, own.record(ModelSettings(base=job.stage, adapter="none"), adapter=False))
     assert isinstance(settings, PolicyStage)
     assert job.model is not None
     model = job.model
-    begin = start.of_policy(job, settings, store)
+    parent = start.of_policy(job, settings, store)
+    begin = _merged(job, parent, tokenizer)
     base = load_base(begin.base, quantization=model.quantization, dtype=model.dtype, revision=begin.revision)
     _no_dropout(base)
     roles = RoleModel(base, gradient_checkpointing=model.gradient_checkpointing)
     role, same = None, False
     if isinstance(settings, Referenced):
         reference = start.of_reference(job, settings, store)
-        same = (reference.base, reference.adapter) == (begin.base, begin.adapter)
+        same = (reference.base, reference.adapter) == (parent.base, parent.adapter)
     if model.adapter == "none":
         roles.train_base()
         role = "policy" if isinstance(settings, Referenced) else None
-        own = start.Start("", job.fingerprint, "stage")
-        return Opened(roles, role, same, own.record(model, adapter=False))
+        return Opened(roles, role, same, begin, start.itself(job).record(model, adapter=False))
     if begin.adapter is not None:
         roles.add_adapter("policy", folder=begin.adapter, trainable=True)
     else:
         roles.add_adapter("policy", settings=model.adapter, trainable=True, seed=settings.train.seed)
     if isinstance(settings, Referenced):
         role = "reference"
-        if reference.adapter is None:
+        if reference.adapter is None or (same and begin.adapter is None):
             roles.add_base_role("reference")
         else:
             roles.add_adapter("reference", folder=reference.adapter, trainable=False)
     roles("policy", check_head)
-    return Opened(roles, role, same, begin.record(model, adapter=True))
+    return Opened(roles, role, same, begin, begin.record(model, adapter=True))
+
+
+def _merged(job: Job, begin: start.Start, tokenizer: Any) -> start.Start:
+    """With `merge_parent`, the parent's adapter merged into its dequantised base: a new base, kept in this artifact."""
+    assert job.model is not None
+    if not job.model.merge_parent or begin.adapter is None:
+        return begin
+    folder = Path(job.work) / "merged"
+    if collectives.rank() == 0 and not folder.exists():
+        partial = folder.with_suffix(".part")
+        shutil.rmtree(partial, ignore_errors=True)
+        merge_adapter(
+            begin.base,
+            begin.adapter,
+            partial,
+            tokenizer=tokenizer,
+            quantization=job.model.quantization,
+            dtype=job.model.dtype,
+            revision=begin.revision,
+        )
+        partial.rename(folder)
+    collectives.barrier()
+    return start.Start(str(folder / MODEL), job.fingerprint, "stage")
 
 
 def _no_dropout(base: nn.Module) -> None:
@@ -217,59 +250,3 @@ def _foreign_reference(
         if examples:
             cache = work / f"reference-{name}.safetensors"
             reference_logps(roles, "reference", examples, settings.train.pack_tokens, cache)
-
-
-def _save(
-    job: Job,
-    settings: TrainedStage,
-    store: Store,
-    opened: Opened,
-    trainer: AlignTrainer,
-    tokenizer: Any,
-    data_report: dict[str, DataReport],
-    seconds: float,
-) -> None:
-    work, folder = Path(job.work), store.temporary(job.fingerprint)
-    roles = opened.roles
-    base_reference = _base_reference(opened.record, store)
-    save_policy(roles, "policy", folder, tokenizer=tokenizer, base_reference=base_reference, state=trainer.final_state)
-    shutil.copy(work / "metrics.jsonl", folder / "metrics.jsonl")
-    reports = {name: report.model_dump() for name, report in data_report.items()}
-    (folder / "data.json").write_text(json.dumps(reports, indent=1, ensure_ascii=False))
-    last = [json.loads(line) for line in (work / "metrics.jsonl").read_text().splitlines()]
-    metrics = {k: v for line in last for k, v in line.items() if isinstance(v, int | float)}
-    manifest = Manifest(
-        kind=job.kind,
-        stage=job.stage,
-        recipe=job.recipe,
-        fingerprint=job.fingerprint,
-        inputs=job.inputs,
-        data=reports,
-        settings=job.settings,
-        policy=opened.record,
-        seed=settings.train.seed,
-        versions=library_versions(),
-        hardware=hardware(),
-        metrics=metrics,
-        wall_seconds=seconds,
-        peak_memory_bytes=_peak_memory(),
-        steps=trainer.state.global_step,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-    )
-    write_card(folder, manifest)
-    store.add(manifest, folder)
-    shutil.rmtree(work / "staging", ignore_errors=True)
-    shutil.rmtree(work / "checkpoints", ignore_errors=True)
-
-
-def _base_reference(record: PolicyRecord, store: Store) -> str:
-    if record.base_kind == "stage" and record.adapter:
-        return str(start.base_folder(store, record.base))
-    return record.base
-
-
-def _peak_memory() -> int:
-    """Bytes: on a GPU what the allocator held at most, on a CPU the resident set of this process at most."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,105 @@
+"""The end of a training stage: its policy, its numbers and its manifest become an artifact."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from align.data import DataReport
+
+from align.artifacts.manifest import Manifest, PolicyRecord, hardware, library_versions
+from align.artifacts.store import Store
+from align.models.card import write_card
+from align.models.roles import RoleModel
+from align.models.save import MODEL, save_policy
+from align.spec.job import Job
+from align.spec.stages import TrainedStage
+from align.stages.start import Start
+from align.training.trainer import AlignTrainer
+
+
+def publish_policy(
+    job: Job,
+    settings: TrainedStage,
+    store: Store,
+    *,
+    roles: RoleModel,
+    begin: Start,
+    record: PolicyRecord,
+    trainer: AlignTrainer,
+    tokenizer: Any,
+    reports: Mapping[str, DataReport],
+    seconds: float,
+) -> None:
+    """Write the artifact of a trained stage; called on rank 0 with the trained tensors gathered.
+
+    Args:
+        job: The stage.
+        settings: Its settings, parsed.
+        store: Where the artifact goes.
+        roles: The model that was trained.
+        begin: Where the policy started; a merged base is taken along.
+        record: What the manifest says of the policy.
+        trainer: After `fit`.
+        tokenizer: Saved beside the weights.
+        reports: Data name -> what was read, dropped and quarantined.
+        seconds: Wall time of the stage in this process.
+    """
+    work, folder = Path(job.work), store.temporary(job.fingerprint)
+    base = begin.base
+    if record.adapter and record.base == job.fingerprint:
+        shutil.copytree(begin.base, folder / MODEL)
+        base = str(store.folder(job.fingerprint) / MODEL)
+    save_policy(
+        roles,
+        "policy",
+        folder,
+        tokenizer=tokenizer,
+        base_reference=base,
+        base_revision=begin.revision,
+        state=trainer.final_state,
+    )
+    shutil.copy(work / "metrics.jsonl", folder / "metrics.jsonl")
+    data = {name: report.model_dump(mode="json") for name, report in reports.items()}
+    (folder / "data.json").write_text(json.dumps(data, indent=1, ensure_ascii=False), encoding="utf-8")
+    manifest = Manifest(
+        kind=job.kind,
+        stage=job.stage,
+        recipe=job.recipe,
+        fingerprint=job.fingerprint,
+        inputs=job.inputs,
+        data=data,
+        settings=job.settings,
+        policy=record,
+        seed=settings.train.seed,
+        versions=library_versions(),
+        hardware=hardware(),
+        metrics=_last_values(work / "metrics.jsonl"),
+        wall_seconds=seconds,
+        peak_memory_bytes=_peak_memory(),
+        steps=trainer.state.global_step,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    write_card(folder, manifest)
+    store.add(manifest, folder)
+    for leftover in ("staging", "checkpoints", "best", "merged"):
+        shutil.rmtree(work / leftover, ignore_errors=True)
+
+
+def _last_values(metrics: Path) -> dict[str, float]:
+    """The last value of every logged metric."""
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    return {k: v for line in lines for k, v in line.items() if isinstance(v, int | float) and k != "step"}
+
+
+def _peak_memory() -> int:
+    """Bytes: on a GPU what the allocator held at most, on a CPU the resident set of this process at most."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
