@@ -17,12 +17,15 @@ PATIENCE_SECONDS = 0.5
 
 
 @contextmanager
-def locked(path: Path, what: str) -> Iterator[None]:
+def locked(path: Path, what: str) -> Iterator[int]:
     """Hold a lock file; its text tells who holds it.
 
     Args:
         path: The file; its folder exists. Its holder may delete it.
         what: What is being done under the lock, for the message that others get.
+
+    Yields:
+        The descriptor. A child process that inherits it holds the lock for as long as it lives.
 
     Raises:
         LaunchError: Somebody else has it, or the file system has no locks.
@@ -31,7 +34,7 @@ def locked(path: Path, what: str) -> Iterator[None]:
     try:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()} {socket.gethostname()} {what}\n".encode(), 0)
-        yield
+        yield descriptor
     finally:
         os.close(descriptor)
 
@@ -56,33 +59,31 @@ def _take(path: Path) -> int:
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            if _flock(descriptor, end) and _is_at(descriptor, path):
-                return descriptor  # else it was deleted between opening and locking, and keeps nobody out
+            _flock(descriptor, end)
+            if _is_at(descriptor, path):
+                return descriptor
         except BlockingIOError:
-            error = _busy(os.pread(descriptor, 1000, 0).decode(errors="replace"), path)
-        except OSError as reason:
-            error = LaunchError(
-                f"cannot lock a file here: {reason.strerror}",
+            holder = os.pread(descriptor, 1000, 0).decode(errors="replace")
+            os.close(descriptor)
+            raise _busy(holder, path) from None
+        except OSError as error:
+            os.close(descriptor)
+            raise LaunchError(
+                f"cannot lock a file here: {error.strerror}",
                 where=str(path),
                 fix="set ALIGN_HOME to a folder on a file system with locks (flock)",
-            )
-        else:
-            error = None
-        os.close(descriptor)
-        if error is not None:
-            raise error
+            ) from None
+        os.close(descriptor)  # it was deleted between opening and locking, and keeps nobody out
 
 
-def _flock(descriptor: int, end: float) -> bool:
+def _flock(descriptor: int, end: float) -> None:
     while True:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if time.monotonic() >= end:
                 raise
             time.sleep(0.05)
-        else:
-            return True
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
@@ -95,7 +96,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 
 def _busy(holder: str, path: Path) -> LaunchError:
-    pid, host, what = (holder.strip().split(" ", 2) + ["", "", ""])[:3]
+    pid, host, what = [*holder.strip().split(" ", 2), "", "", ""][:3]
     there = f" on {host}" if host and host != socket.gethostname() else ""
     return LaunchError(
         f"another `align run` (pid {pid or 'unknown'}{there}) is working on {what or 'this'}",
