@@ -222,7 +222,7 @@ class Store:
             raise ArtifactError(
                 f"{why.message}; it cannot be moved aside",
                 where=why.where,
-                fix="delete this folder by hand, then run again",
+                fix="delete this folder, then run again",
             ) from None
 
 
