@@ -19,6 +19,11 @@ def cosmetic(default: Any = ..., **constraints: Any) -> Any:
     return Field(default, json_schema_extra={"cosmetic": True}, **constraints)
 
 
+def unordered(default: Any = ..., **constraints: Any) -> Any:
+    """A list whose order means nothing, so that the fingerprint does not depend on it."""
+    return Field(default, json_schema_extra={"unordered": True}, **constraints)
+
+
 @dataclass(frozen=True)
 class StageRef:
     """Marks a field that names another stage, and what that stage must produce."""
@@ -31,6 +36,13 @@ class DataRef:
     """Marks a field that names an entry of `data`, and the kinds of records it may hold."""
 
     records: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Registered:
+    """Marks a field that names a plug-in: something registered in this entry point group."""
+
+    group: str
 
 
 class HubAdapter(Settings):

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Union
 
 from pydantic import Discriminator, Field, NonNegativeInt, PositiveInt, Tag
 
-from align.spec.base import Settings, cosmetic
+from align.spec.base import Registered, Settings, cosmetic
 
 Format = Literal["text", "alpaca", "messages", "sharegpt", "prompt_completion", "pairs", "prompts"]
 
@@ -57,7 +57,7 @@ class HubData(DataSettings):
 class GeneratedData(DataSettings):
     """Rows made by a registered generator (entry point group `align.generators`)."""
 
-    generator: str
+    generator: Annotated[str, Registered("align.generators")]
     """Name of the generator."""
     part: str
     """Which of its parts."""

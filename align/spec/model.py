@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
-from align.spec.base import Settings, cosmetic
+from align.spec.base import Settings, cosmetic, unordered
 
 
 class LoraSettings(Settings):
@@ -18,7 +18,7 @@ class LoraSettings(Settings):
     """Scale numerator; the adapter's output is multiplied by alpha / rank (alpha / sqrt(rank) with `rslora`)."""
     dropout: NonNegativeFloat = Field(default=0.0, lt=1.0)
     """Dropout on the adapter's input. Preference methods want 0, so that policy and reference agree at the start."""
-    targets: Literal["all-linear"] | list[str] = "all-linear"
+    targets: Literal["all-linear"] | list[str] = unordered("all-linear")
     """Module names that get an adapter, or every linear layer but the head."""
     rslora: bool = False
 

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from align.spec.base import DataRef, HubAdapter, PolicyRef, Produces, Settings, StageRef, cosmetic
+from align.spec.base import DataRef, HubAdapter, PolicyRef, Produces, Registered, Settings, StageRef, cosmetic
 from align.spec.model import ModelOverride
 from align.spec.train import LaunchSettings, TrainSettings
 
@@ -77,7 +77,7 @@ class CompareStage(Stage):
     """The candidate that win rates and KL are taken against."""
     prompts: Annotated[str, DataRef(("prompt", "conversation", "pair"))]
     """Held-out prompts."""
-    scorers: list[str] = Field(default_factory=list)
+    scorers: list[Annotated[str, Registered("align.scorers")]] = Field(default_factory=list)
     """Names of registered scorers (entry point group `align.scorers`); the first decides win rates."""
     generation: GenerationSettings = GenerationSettings()
     confidence: float = Field(default=0.95, gt=0.5, lt=1.0)

@@ -1,0 +1,194 @@
+"""What a recipe's parts say about each other: names that exist, ports that fit, settings that something reads."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from align.errors import RecipeError
+from align.recipe.document import Loc
+from align.recipe.lineage import declared_model, model_loc
+from align.recipe.load import LoadedRecipe
+from align.recipe.references import Reference, references
+from align.recipe.sources import base_folder
+from align.recipe.suggest import did_you_mean, nearest
+from align.spec.base import DataRef, StageRef
+from align.spec.data import RECORDS_OF_FORMAT
+from align.spec.stages import CompareStage, PolicyStage, Stage, TrainedStage
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+RESERVED = ("logs",)
+"""Names that a run's folder uses itself."""
+
+
+def check_names(loaded: LoadedRecipe, stages: dict[str, Stage]) -> Iterator[RecipeError]:
+    """Every mistake in the names of a recipe."""
+    check = _Check(loaded, stages)
+    yield from check.own_names()
+    for name in stages:
+        yield from check.references(name)
+        yield from check.model(name)
+    yield from check.unused()
+
+
+def find_cycle(edges: dict[str, list[str]]) -> list[str]:
+    """Stages that wait for each other, the first one repeated at the end; empty if there are none.
+
+    Example:
+        >>> find_cycle({"a": ["b"], "b": ["c"], "c": ["b"]})
+        ['b', 'c', 'b']
+    """
+    done: set[str] = set()
+
+    def visit(name: str, path: list[str]) -> list[str]:
+        if name in path:
+            return [*path[path.index(name) :], name]
+        if name not in done:
+            for parent in edges[name]:
+                if cycle := visit(parent, [*path, name]):
+                    return cycle
+            done.add(name)
+        return []
+
+    return next((cycle for name in edges if (cycle := visit(name, []))), [])
+
+
+class _Check:
+    def __init__(self, loaded: LoadedRecipe, stages: dict[str, Stage]) -> None:
+        self.loaded, self.stages, self.data = loaded, stages, loaded.recipe.data
+        self.meant: set[str] = set()
+        """Data entries that some stage names, or seems to mean."""
+
+    def own_names(self) -> Iterator[RecipeError]:
+        for part in ("stages", "data"):
+            for name in getattr(self.loaded.recipe, part):
+                if not NAME.fullmatch(name) or (part == "stages" and name in RESERVED):
+                    why = "is used by the run's folder" if name in RESERVED else "has a character that is not allowed"
+                    yield self._error((part, name), f"the name {name!r} {why}", "use letters, digits, _ and -")
+        if not self.stages:
+            yield self._error(("stages",), "the recipe has no stages", "add at least one")
+
+    def references(self, name: str) -> Iterator[RecipeError]:
+        stage = self.stages[name]
+        for reference in references(stage):
+            loc = ("stages", name, *reference.loc)
+            if isinstance(reference.mark, StageRef):
+                yield from self._stage(name, loc, reference, reference.mark)
+            elif isinstance(reference.mark, DataRef):
+                yield from self._data(name, loc, reference, reference.mark)
+        if isinstance(stage, CompareStage):
+            yield from self._compare(name, stage)
+
+    def _stage(self, name: str, loc: Loc, reference: Reference, mark: StageRef) -> Iterator[RecipeError]:
+        fitting = [each for each, stage in self.stages.items() if stage.produces == mark.produces and each != name]
+        known = f"one of: {', '.join(fitting) or 'none'}"
+        if reference.name == name:
+            yield self._error(loc, f"stage `{name}` names itself", f"name another stage, {known}")
+        elif reference.name not in self.stages:
+            yield self._error(
+                loc, f"there is no stage `{reference.name}`{did_you_mean(reference.name, fitting)}", known
+            )
+        elif self.stages[reference.name].produces != mark.produces:
+            produces = self.stages[reference.name].produces
+            yield self._error(loc, f"`{reference.name}` produces a {produces}, not a {mark.produces}", known)
+
+    def _data(self, name: str, loc: Loc, reference: Reference, mark: DataRef) -> Iterator[RecipeError]:
+        serving = [fmt for fmt, record in RECORDS_OF_FORMAT.items() if record in mark.records]
+        fitting = [each for each, source in self.data.items() if source.format in serving]
+        self.meant.add(reference.name)
+        if reference.name not in self.data:
+            near = nearest(reference.name, fitting) or nearest(reference.name, self.data)
+            self.meant.update(near)
+            yield self._error(
+                loc,
+                f"there is no data entry `{reference.name}`{did_you_mean(reference.name, near)}",
+                f"one of: {', '.join(fitting) or 'none'}; or add it under `data`",
+            )
+            return
+        fmt = self.data[reference.name].format
+        if fmt not in serving:
+            kind = type(self.stages[name]).model_fields["kind"].default
+            named = f"; entries that do: {', '.join(fitting)}" if fitting else ""
+            yield self._error(
+                loc,
+                f"`{reference.name}` has the format {fmt}, which holds {RECORDS_OF_FORMAT[fmt]} records; "
+                f"{kind} reads {' or '.join(mark.records)} records",
+                f"formats that serve: {', '.join(serving)}{named}",
+            )
+
+    def _compare(self, name: str, stage: CompareStage) -> Iterator[RecipeError]:
+        if stage.baseline not in stage.candidates and stage.baseline in self.stages:
+            yield self._error(
+                ("stages", name, "baseline"),
+                f"the baseline `{stage.baseline}` is not among the candidates",
+                f"add it to `candidates`, or name one of {', '.join(stage.candidates)}",
+            )
+        for i, candidate in enumerate(stage.candidates):
+            if candidate in stage.candidates[:i]:
+                yield self._error(("stages", name, "candidates", i), f"`{candidate}` is named twice", "name it once")
+
+    def model(self, name: str) -> Iterator[RecipeError]:
+        stage = self.stages[name]
+        if not isinstance(stage, PolicyStage):
+            return
+        model = declared_model(self.loaded, name, stage)
+        if model is None:
+            full = [each for each, other in self.stages.items() if _trains_a_base(other)]
+            yield self._error(
+                ("stages", name),
+                f"stage `{name}` trains a model, and the recipe names none",
+                f"add `model: {{base: {full[0] if full else 'Qwen/Qwen3-0.6B'}}}` at the top of the recipe",
+            )
+            return
+        yield from self._base(name, model.base)
+        if model.revision is not None and (model.base in self.stages or base_folder(model.base, self.loaded.folder)):
+            yield self._error(
+                model_loc(self.loaded, name, "revision"),
+                f"`revision` is ignored: `{model.base}` is not on the Hub",
+                "remove it",
+            )
+
+    def _base(self, name: str, base: str) -> Iterator[RecipeError]:
+        loc = model_loc(self.loaded, name, "base")
+        full = [each for each, stage in self.stages.items() if self._yields_a_base(each, stage) and each != name]
+        if base == name:
+            yield self._error(
+                loc, f"stage `{name}` cannot be its own base", f"give stage `{name}` a `model.base` of its own"
+            )
+        elif base in self.stages:
+            if base not in full:
+                why = "trains an adapter" if isinstance(self.stages[base], TrainedStage) else "trains nothing"
+                yield self._error(
+                    loc, f"`{base}` {why}, it is no base", f"write `policy: {base}` in the stage that goes on from it"
+                )
+        elif base_folder(base, self.loaded.folder) is None:
+            if base.startswith((".", "/", "~")) or base.count("/") > 1:
+                yield self._error(loc, f"there is no folder {base}", f"paths start at {self.loaded.path.parent}/")
+            elif "/" not in base and nearest(base, full):
+                yield self._error(
+                    loc, f"`{base}` is no stage and no folder{did_you_mean(base, full)}", "name one, or a Hub model"
+                )
+
+    def _yields_a_base(self, name: str, stage: Stage) -> bool:
+        if _trains_a_base(stage):
+            return True
+        if not isinstance(stage, PolicyStage):
+            return False
+        model = declared_model(self.loaded, name, stage)
+        return model is not None and model.adapter == "none"
+
+    def unused(self) -> Iterator[RecipeError]:
+        for name in self.data:
+            if name not in self.meant:
+                yield self._error(("data", name), f"no stage reads `{name}`", "remove it, or name it in a stage")
+        if self.loaded.recipe.model is not None and not any(
+            isinstance(each, PolicyStage) for each in self.stages.values()
+        ):
+            yield self._error(("model",), "no stage reads `model`", "remove it")
+
+    def _error(self, loc: Loc, message: str, fix: str) -> RecipeError:
+        return RecipeError(message, where=self.loaded.where(*loc), fix=fix)
+
+
+def _trains_a_base(stage: Stage) -> bool:
+    return isinstance(stage, TrainedStage) and not isinstance(stage, PolicyStage)

@@ -1,0 +1,163 @@
+"""The graph of a recipe: every stage with what it is made from, in an order that respects it, under its fingerprint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from align.errors import RecipeError
+from align.recipe.check import check_names, find_cycle
+from align.recipe.digest import Digests
+from align.recipe.fingerprint import Fingerprints
+from align.recipe.lineage import Lineage, declared_model
+from align.recipe.load import LoadedRecipe
+from align.recipe.references import references
+from align.recipe.sources import Sources
+from align.recipe.validate import combine
+from align.spec.base import DataRef, StageRef
+from align.spec.data import DataSource
+from align.spec.model import ModelSettings
+from align.spec.stages import PolicyStage, Stage
+from align.spec.train import LaunchSettings
+
+
+@dataclass(frozen=True)
+class Node:
+    """One stage, resolved.
+
+    Attributes:
+        name: Its name in the recipe.
+        stage: Its settings.
+        parents: The stages it names, its base included, in the order of its fields.
+        model: The recipe's model with the stage's overrides; `base` is the parent where that was trained in full. None
+            for a kind that starts from no model.
+        data: The entries of `data` it names.
+        fingerprint: SHA-256 of everything that makes its result.
+        launch: The stage's own launch settings, or the recipe's.
+    """
+
+    name: str
+    stage: Stage
+    parents: tuple[str, ...]
+    model: ModelSettings | None
+    data: dict[str, DataSource]
+    fingerprint: str
+    launch: LaunchSettings
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The stages of a recipe.
+
+    Attributes:
+        loaded: The recipe.
+        nodes: Every stage by name, parents first, otherwise in the recipe's order.
+        unresolved: Hub names whose commit could not be found out, with the reason.
+    """
+
+    loaded: LoadedRecipe
+    nodes: dict[str, Node]
+    unresolved: dict[str, str]
+
+    def upto(self, until: str | None) -> Graph:
+        """The graph of one stage and all it needs; the whole graph for None."""
+        if until is None:
+            return self
+        kept, todo = set(), [until]
+        while todo:
+            if (name := todo.pop()) not in kept:
+                kept.add(name)
+                todo += self.nodes[name].parents
+        return Graph(self.loaded, {name: node for name, node in self.nodes.items() if name in kept}, self.unresolved)
+
+    def descendants(self, name: str) -> set[str]:
+        """The stages that are made from this one, directly or not."""
+        found: set[str] = set()
+        for each, node in self.nodes.items():
+            if found & set(node.parents) or name in node.parents:
+                found.add(each)
+        return found
+
+
+def build_graph(loaded: LoadedRecipe, home: Path) -> Graph:
+    """Check what spans several parts of a recipe, and resolve its stages.
+
+    Args:
+        loaded: The recipe.
+        home: Root of the store, where digests of files are remembered.
+
+    Raises:
+        RecipeError: Unknown names, cycles, wrong ports, lineages that cannot be, settings that nothing reads, missing
+            files; all of them at once.
+        DataError: A data file cannot be read.
+    """
+    stages: dict[str, Stage] = loaded.recipe.stages  # type: ignore[attr-defined]
+    sources = Sources(loaded)
+    errors = [*check_names(loaded, stages), *sources.check()]
+    edges = {name: _named(loaded, stages, name) for name in stages}
+    if cycle := find_cycle(edges):
+        errors.append(_cycle_error(loaded, cycle))
+    _raise(errors)
+    lineage = Lineage(loaded, stages)
+    order = list(_sorted(edges))
+    models = {name: lineage.resolve(name) for name in order}
+    _raise(lineage.errors)
+    digests = Digests(home)
+    fingerprints = Fingerprints(loaded, sources, digests)
+    nodes = {}
+    for name in order:
+        stage, model = stages[name], models[name]
+        base = (model.base,) if model is not None and model.base in stages else ()
+        named = [each.name for each in references(stage) if isinstance(each.mark, StageRef)]
+        data = {
+            each.name: loaded.recipe.data[each.name] for each in references(stage) if isinstance(each.mark, DataRef)
+        }
+        launch = getattr(stage, "launch", None) or loaded.recipe.launch
+        parents = tuple(dict.fromkeys([*named, *base]))
+        nodes[name] = Node(name, stage, parents, model, data, fingerprints.add(name, stage, model), launch)
+    digests.save()
+    return Graph(loaded, nodes, digests.unresolved)
+
+
+def _raise(errors: Iterable[RecipeError]) -> None:
+    if errors := list(errors):
+        raise combine(errors)
+
+
+def _named(loaded: LoadedRecipe, stages: dict[str, Stage], name: str) -> list[str]:
+    """The stages that a stage names and that exist, its declared base included."""
+    stage = stages[name]
+    named = [each.name for each in references(stage) if isinstance(each.mark, StageRef)]
+    if isinstance(stage, PolicyStage) and (model := declared_model(loaded, name, stage)) is not None:
+        named.append(model.base)
+    return [each for each in dict.fromkeys(named) if each in stages]
+
+
+def _sorted(edges: dict[str, list[str]]) -> Iterator[str]:
+    """Names with their parents first, otherwise in order."""
+    done: set[str] = set()
+
+    def visit(name: str) -> Iterator[str]:
+        if name not in done:
+            done.add(name)
+            for parent in edges[name]:
+                yield from visit(parent)
+            yield name
+
+    for name in edges:
+        yield from visit(name)
+
+
+def _cycle_error(loaded: LoadedRecipe, cycle: list[str]) -> RecipeError:
+    if len(cycle) == 2:
+        return RecipeError(
+            f"stage `{cycle[0]}` names itself",
+            where=loaded.where("stages", cycle[0]),
+            fix="name an earlier stage, or give the stage's `model` a base of its own",
+        )
+    return RecipeError(
+        f"stages wait for each other: {' -> '.join(cycle)}",
+        where=loaded.where("stages", cycle[0]),
+        fix="let one of them name an earlier stage",
+    )

@@ -1,0 +1,173 @@
+"""What a recipe names outside itself: data files, generators and other plug-ins, model folders, variables."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from align.errors import AlignError, DataError, LaunchError, RecipeError
+from align.recipe.digest import Digests
+from align.recipe.document import Loc
+from align.recipe.env import is_malformed, resolve_env, variables
+from align.recipe.load import LoadedRecipe
+from align.recipe.references import references
+from align.recipe.suggest import did_you_mean
+from align.recipe.validate import validate
+from align.spec.base import Registered
+from align.spec.data import FileData, GeneratedData
+
+
+def base_folder(name: str, folder: Path) -> Path | None:
+    """The folder that a model's name refers to, from the recipe's folder or the current one; None for a Hub name."""
+    name = str(resolve_env(name))
+    return next((each for each in (folder / name, Path(name)) if each.is_dir()), None)
+
+
+@cache
+def plugins(group: str) -> dict[str, EntryPoint]:
+    """What is registered in an entry point group, by name."""
+    return {entry.name: entry for entry in sorted(entry_points(group=group), key=lambda entry: entry.name)}
+
+
+def plugin(group: str, name: str) -> Any:
+    """A registered object.
+
+    Raises:
+        LaunchError: It cannot be imported.
+    """
+    entry = plugins(group)[name]
+    try:
+        return entry.load()
+    except (ImportError, AttributeError) as error:
+        raise LaunchError(
+            f"{group} `{name}` ({entry.value}) cannot be imported: {error}",
+            fix="install what it needs, or reinstall the package that registers it",
+        ) from error
+
+
+def plugin_version(group: str, name: str) -> Any:
+    """The `version` that a plug-in declares; None if it declares none."""
+    return getattr(plugin(group, name), "version", None)
+
+
+class Sources:
+    """Checks and finds what a recipe names outside itself."""
+
+    def __init__(self, loaded: LoadedRecipe) -> None:
+        self.loaded = loaded
+
+    def path(self, source: FileData) -> Path:
+        """The file of a data entry."""
+        return self.loaded.folder / str(resolve_env(source.path))
+
+    def digest(self, name: str, digests: Digests) -> str:
+        """Digest of the content of a file entry.
+
+        Raises:
+            DataError: The file cannot be read.
+        """
+        source = self.loaded.recipe.data[name]
+        assert isinstance(source, FileData)
+        try:
+            return digests.file(self.path(source))
+        except OSError as error:
+            raise DataError(
+                f"{self.path(source)} cannot be read: {error.strerror}",
+                where=self.loaded.where("data", name, "path"),
+                fix="make the file readable",
+            ) from error
+
+    def check(self) -> Iterator[RecipeError]:
+        """Everything outside that is not there."""
+        unset = list(self._variables(self.loaded.recipe.model_dump(), ()))
+        yield from unset
+        yield from self._plugins()
+        for name, source in self.loaded.recipe.data.items():
+            if isinstance(source, FileData) and not unset:
+                yield from self._file(name, source)
+            elif isinstance(source, GeneratedData) and source.generator in plugins("align.generators"):
+                yield from self._generator(name, source)
+
+    def _variables(self, value: Any, loc: Loc) -> Iterator[RecipeError]:
+        if isinstance(value, dict | list):
+            for key, each in value.items() if isinstance(value, dict) else enumerate(value):
+                yield from self._variables(each, (*loc, key))
+        elif is_malformed(value):
+            yield self._error(loc, f"{value!r} has a variable that is not closed", "write ${env:NAME}")
+        else:
+            for name in variables(value):
+                if name not in os.environ:
+                    yield self._error(loc, f"the environment variable {name} is not set", f"export {name}=...")
+
+    def _plugins(self) -> Iterator[RecipeError]:
+        for loc, reference in references_in(self.loaded):
+            if isinstance(reference.mark, Registered) and reference.name not in plugins(reference.mark.group):
+                known = plugins(reference.mark.group)
+                yield self._error(
+                    loc,
+                    f"nothing is registered as `{reference.name}` in {reference.mark.group}"
+                    + did_you_mean(reference.name, known),
+                    f"one of: {', '.join(known) or 'none is installed'}",
+                )
+
+    def _file(self, name: str, source: FileData) -> Iterator[RecipeError]:
+        path = self.path(source)
+        if path.is_file():
+            return
+        if path.is_dir():
+            yield self._error(("data", name, "path"), f"{source.path} is a folder", "name a file in it")
+            return
+        beside = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
+        hint = did_you_mean(path.name, beside)
+        yield self._error(
+            ("data", name, "path"),
+            f"there is no file {source.path}{hint}",
+            f"paths start at {self.loaded.path.parent}/",
+        )
+
+    def _generator(self, name: str, source: GeneratedData) -> Iterator[RecipeError]:
+        """Asks the generator itself: its parts, the format of its rows, its options."""
+        kind = plugin("align.generators", source.generator)
+        parts = getattr(kind, "parts", None)
+        if isinstance(parts, dict) and source.part not in parts:
+            fix = f"one of: {', '.join(parts)}"
+            hint = did_you_mean(source.part, parts)
+            yield self._error(("data", name, "part"), f"{source.generator} has no part `{source.part}`{hint}", fix)
+            return
+        if isinstance(parts, dict) and parts[source.part] != source.format:
+            yield self._error(
+                ("data", name, "format"),
+                f"rows of part `{source.part}` have the format {parts[source.part]}, not {source.format}",
+                f"write format: {parts[source.part]}",
+            )
+            return
+        try:
+            described = getattr(kind, "Options", None)
+            if isinstance(described, type) and issubclass(described, BaseModel):
+                validate(described, source.options, self.loaded.origins, ("data", name, "options"))
+            kind().generate(source.part, source.rows, source.seed, source.options)
+        except RecipeError as error:
+            if error.where is None:
+                given = self.loaded.origins.knows(("data", name, "options")) and source.options
+                loc = ("data", name, "options") if given else ("data", name, "rows")
+                error = self._error(loc, error.message, error.fix or "see the generator's documentation")
+            yield error
+        except AlignError:
+            raise
+
+    def _error(self, loc: Loc, message: str, fix: str) -> RecipeError:
+        return RecipeError(message, where=self.loaded.where(*loc), fix=fix)
+
+
+def references_in(loaded: LoadedRecipe) -> Iterator[tuple[Loc, Any]]:
+    """Every reference of a recipe with its place in it."""
+    for part in ("data", "stages"):
+        for name, settings in getattr(loaded.recipe, part).items():
+            for reference in references(settings):
+                yield (part, name, *reference.loc), reference
