@@ -1,7 +1,7 @@
 """Folders that are whole or absent: hashed, fsynced, renamed into place, and checked byte for byte before use.
 
-A sealed folder holds `seal.json` with the SHA-256 and size of every other file. Verifying reads every byte, at the speed of
-the disk or of SHA-256 (1 to 2 GB/s on one core): seconds for a model of 7B, once per process.
+A sealed folder holds `seal.json` with the SHA-256 and size of every other file. Verifying reads every byte, at the
+speed of the disk or of SHA-256 (1 to 2 GB/s on one core): seconds for a model of 7B, once per process.
 """
 
 from __future__ import annotations

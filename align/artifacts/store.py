@@ -96,6 +96,8 @@ class Store:
         """
         folder = self.folder(fingerprint)
         try:
+            if not folder.is_dir():
+                raise ArtifactError("there is no such artifact", where=str(folder))
             return _open(folder, fingerprint)
         except ArtifactError as error:
             raise ArtifactError(
