@@ -1,0 +1,164 @@
+"""The folder of a recipe's runs: links to what every stage made, logs, and how far the run is."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from align.artifacts.lock import is_locked, locked
+from align.artifacts.seal import write_atomic
+from align.errors import LaunchError
+from align.recipe import LoadedRecipe
+from align.recipe.document import dump
+from align.spec.base import Settings
+
+RUNS = "runs"
+ROOTS = "roots"
+
+
+class StageRecord(Settings):
+    """One stage of a run as `status.json` tells it."""
+
+    state: Literal["waiting", "running", "reused", "resumed", "done", "failed", "preempted"] = "waiting"
+    fingerprint: str
+    work: str = ""
+    """Work folder of a stage that this run started; its own `status.json` tells the step."""
+    seconds: float = 0.0
+    resumed_from_step: int = 0
+    message: str = ""
+
+
+class RunRecord(Settings):
+    """`status.json` of a run folder, replaced atomically by the runner."""
+
+    recipe: str
+    path: str
+    pid: int
+    started: float
+    """Seconds since the epoch."""
+    stages: dict[str, StageRecord] = Field(default_factory=dict)
+
+
+class RunFolder:
+    """`runs/<recipe>/`.
+
+    Args:
+        path: The folder; made when something is written to it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def of(cls, recipe: str, parent: Path | None = None) -> RunFolder:
+        """The run folder of a recipe's name, under the current directory unless told otherwise."""
+        return cls((parent or Path.cwd()) / RUNS / recipe)
+
+    @property
+    def _lock(self) -> Path:
+        return self.path / ".lock"
+
+    @property
+    def log_folder(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep a second run of the recipe out of this folder.
+
+        Raises:
+            LaunchError: Another process holds it (named by pid), or the folder cannot be written.
+        """
+        try:
+            self.log_folder.mkdir(parents=True, exist_ok=True)
+            self._lock.touch()
+        except OSError as error:
+            raise LaunchError(
+                f"cannot write here: {error.strerror}",
+                where=str(self.path),
+                fix="start align in a folder you can write to",
+            ) from None
+        with locked(self._lock, "this recipe"):
+            yield
+
+    def register(self, home: Path) -> None:
+        """Leave a link to this folder in the store, so that `align gc` keeps what runs anywhere point to."""
+        roots = home / ROOTS
+        roots.mkdir(parents=True, exist_ok=True)
+        path = self.path.resolve()
+        link = roots / hashlib.sha256(str(path).encode()).hexdigest()[:16]
+        if not link.is_symlink():
+            with suppress(FileExistsError):
+                link.symlink_to(path, target_is_directory=True)
+
+    def is_locked(self) -> bool:
+        """Whether a run is going on here."""
+        return is_locked(self._lock)
+
+    def link(self, name: str, target: Path) -> None:
+        """Point `<name>` at a folder, replacing an older link in one step."""
+        temporary = self.path / f".{name}.{os.getpid()}"
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(target.resolve(), target_is_directory=True)
+        temporary.replace(self.path / name)
+
+    def links(self) -> dict[str, Path]:
+        """Stage -> artifact folder, for links whose artifact is still there."""
+        if not self.path.is_dir():
+            return {}
+        return {p.name: p.resolve() for p in sorted(self.path.iterdir()) if p.is_symlink() and p.is_dir()}
+
+    def drop_links(self, keep: dict[str, Path]) -> None:
+        """Remove every link that does not point to one of these: what another recipe of this name made is not this run's."""
+        for path in self.path.iterdir():
+            if path.is_symlink() and path.resolve() != keep.get(path.name):
+                path.unlink()
+
+    def keep_log(self, stage: str, log: Path) -> Path:
+        """Copy a worker's log to `logs/<stage>.txt`."""
+        kept = self.log_folder / f"{stage}.txt"
+        with suppress(FileNotFoundError):
+            shutil.copyfile(log, kept)
+        return kept
+
+    def write_recipe(self, loaded: LoadedRecipe) -> None:
+        """Keep the recipe as it was understood: overrides and defaults filled in, `${env:...}` left as written.
+
+        Relative paths are made absolute, so that the copy runs from where it lies.
+        """
+        write_atomic(self.path / "recipe.yaml", dump(resolved(loaded)))
+
+    def write_record(self, record: RunRecord) -> None:
+        write_atomic(self.path / "status.json", record.model_dump_json(indent=2))
+
+    def read_record(self) -> RunRecord | None:
+        """The last run here; None if there was none."""
+        try:
+            return RunRecord.model_validate_json((self.path / "status.json").read_bytes())
+        except (FileNotFoundError, ValidationError):
+            return None
+
+
+def resolved(loaded: LoadedRecipe) -> dict[str, Any]:
+    """The recipe as plain data that `load_recipe` reads back from anywhere."""
+    content = loaded.recipe.model_dump(mode="json", exclude_none=True)
+    stages = content["stages"]
+    places = [(content.get("model"), "base"), *((source, "path") for source in content["data"].values())]
+    for stage in stages.values():
+        places += [(stage.get("model"), "base"), (stage.get("policy"), "adapter")]
+    for place, key in places:
+        name = place.get(key) if isinstance(place, dict) else None
+        if name is not None and name not in stages and (loaded.folder / name).exists():
+            place[key] = str(loaded.folder / name)
+    return content

@@ -1,0 +1,37 @@
+"""Turns a node of the graph into the file that its worker reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from align.recipe import Graph, Node
+from align.spec.job import Job
+from align.spec.stages import TrainedStage
+from align.spec.train import LaunchSettings
+
+
+def make_job(graph: Graph, node: Node, *, home: Path, work: Path) -> Job:
+    """Everything the worker of a stage has to know. Secrets stay `${env:NAME}`.
+
+    Args:
+        graph: The graph the node is of.
+        node: The stage.
+        home: Root of the store.
+        work: The stage's work folder.
+    """
+    loaded = graph.loaded
+    return Job(
+        recipe=loaded.recipe.name,
+        stage=node.name,
+        kind=type(node.stage).model_fields["kind"].default,
+        settings=node.stage.model_dump(mode="json"),
+        model=node.model,
+        fingerprint=node.fingerprint,
+        inputs={name: graph.nodes[name].fingerprint for name in node.parents},
+        data=node.data,
+        folder=str(loaded.folder.absolute()),
+        work=str(work),
+        home=str(home),
+        launch=node.launch if isinstance(node.stage, TrainedStage) else LaunchSettings(),
+        logging=loaded.recipe.logging,
+    )

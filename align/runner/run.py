@@ -1,0 +1,210 @@
+"""Runs a recipe: every stage in order, reused, resumed or started, then the tables and the report."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+from align.artifacts.store import Artifact, Store
+from align.errors import AlignError, RecipeError
+from align.recipe import Graph, LoadedRecipe, Node, build_graph, load_recipe
+from align.recipe.rules import check_rules
+from align.recipe.suggest import did_you_mean
+from align.runner.folder import RunFolder, RunRecord, StageRecord
+from align.runner.job import make_job
+from align.runner.launch import RESUME, Preempted, Worker
+from align.runner.progress import MetricsTail, StageProgress, clock
+from align.runner.results import run_results, show_results
+
+POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What became of one stage.
+
+    Attributes:
+        state: `reused` from the store, `resumed` from a checkpoint, or `done` from its start.
+        seconds: Wall time in this run.
+        artifact: Folder of what it made.
+        resumed_from_step: The checkpoint's step; 0 unless resumed.
+    """
+
+    state: Literal["reused", "resumed", "done"]
+    seconds: float
+    artifact: Path
+    resumed_from_step: int = 0
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run: its stages in order and its folder, which holds the report and the links to the artifacts."""
+
+    stages: dict[str, StageResult] = field(default_factory=dict)
+    folder: Path = Path()
+
+    @property
+    def report(self) -> Path:
+        return self.folder / "report.html"
+
+    def results(self) -> dict[str, dict[str, Any]]:
+        """Content of `results.json` of every comparison of the run, by stage."""
+        return run_results(RunFolder(self.folder))
+
+
+def run_recipe(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    until: str | None = None,
+    from_: str | None = None,
+    console: Console | None = None,
+) -> RunResult:
+    """Run the stages of a recipe that are not in the store yet.
+
+    Args:
+        path: The recipe.
+        overrides: `a.b=c`, as `--set` takes them.
+        until: Stop after this stage.
+        from_: Make this stage and all that follow from it again, even where the store has them.
+        console: Where progress and tables go.
+
+    Returns:
+        What became of every stage, and the run folder.
+
+    Raises:
+        AlignError: Of the kind that ended the run; its `exit_code` is the command's.
+    """
+    console = console or Console()
+    loaded = load_recipe(path, overrides)
+    store = Store()
+    graph = build_graph(loaded, store.home)
+    check_rules(graph)
+    nodes = _selected(graph, until)
+    again = _forced(graph, nodes, from_)
+    folder = RunFolder.of(loaded.recipe.name)
+    with folder.lock():
+        folder.register(store.home)
+        folder.write_recipe(loaded)
+        folder.drop_links(keep={name: store.folder(node.fingerprint).resolve() for name, node in graph.nodes.items()})
+        run = _Run(loaded, graph, store, folder, console, nodes)
+        run.discard(again)
+        results = {node.name: run.stage(node) for node in nodes}
+        _finish(folder, console)
+    return RunResult(results, folder.path)
+
+
+def _selected(graph: Graph, until: str | None) -> list[Node]:
+    if until is None:
+        return list(graph.nodes.values())
+    _known(graph, until, "--until")
+    return list(graph.upto(until).nodes.values())
+
+
+def _forced(graph: Graph, nodes: list[Node], from_: str | None) -> list[Node]:
+    if from_ is None:
+        return []
+    _known(graph, from_, "--from")
+    if from_ not in {node.name for node in nodes}:
+        raise RecipeError(
+            f"stage `{from_}` does not run here: it is no input of the stage that --until names",
+            where="--from",
+            fix="leave out --until, or name a later stage in it",
+        )
+    return [node for node in nodes if node.name == from_ or node.name in graph.descendants(from_)]
+
+
+def _known(graph: Graph, name: str, option: str) -> None:
+    if name not in graph.nodes:
+        raise RecipeError(
+            f"the recipe has no stage `{name}`{did_you_mean(name, graph.nodes)}",
+            where=option,
+            fix=f"one of: {', '.join(graph.nodes)}",
+        )
+
+
+class _Run:
+    """One run in progress: walks the stages and keeps the run folder's record."""
+
+    def __init__(
+        self, loaded: LoadedRecipe, graph: Graph, store: Store, folder: RunFolder, console: Console, nodes: list[Node]
+    ) -> None:
+        self.loaded, self.graph, self.store, self.folder, self.console = loaded, graph, store, folder, console
+        self.received: signal.Signals | None = None
+        self.width = max(len(node.name) for node in nodes)
+        self.record = RunRecord(
+            recipe=loaded.recipe.name,
+            path=str(loaded.path),
+            pid=os.getpid(),
+            started=time.time(),
+            stages={node.name: StageRecord(fingerprint=node.fingerprint) for node in nodes},
+        )
+        folder.write_record(self.record)
+
+    def discard(self, nodes: list[Node]) -> None:
+        """Forget what the store has of these stages, finished or not."""
+        for node in nodes:
+            with self.store.lock(node.fingerprint, node.name):
+                self.store.discard(node.fingerprint)
+
+    def stage(self, node: Node) -> StageResult:
+        """Reuse, resume or run one stage."""
+        start = time.monotonic()
+        artifact, state, resumed = self.store.find(node.fingerprint), "reused", 0
+        if artifact is None:
+            with self.store.lock(node.fingerprint, node.name):
+                artifact = self.store.find(node.fingerprint)  # a run elsewhere may have just finished it
+                if artifact is None:
+                    artifact, resumed = self.execute(node, start)
+                    state = "resumed" if resumed else "done"
+        self.folder.link(node.name, artifact.folder)
+        result = StageResult(state, time.monotonic() - start, artifact.folder, resumed)
+        self.note(node, state=state, seconds=result.seconds, resumed_from_step=resumed, message="")
+        self.console.print(self.line(node, result), highlight=False, markup=False, soft_wrap=True)
+        if self.received is not None:
+            raise Preempted(f"stopped by {self.received.name} after stage {node.name} was finished", fix=RESUME)
+        return result
+
+    def execute(self, node: Node, start: float) -> tuple[Artifact, int]:
+        """Run the worker of a stage to its end; the artifact, and the step it resumed from."""
+        job = make_job(self.graph, node, home=self.store.home, work=self.store.work(node.fingerprint))
+        self.note(node, state="running", work=job.work)
+        try:
+            worker = Worker(job)
+            with worker.signals(), worker, StageProgress(self.console, node.name) as progress:
+                metrics = MetricsTail(worker.work / "metrics.jsonl")
+                while not worker.wait(POLL_SECONDS):
+                    progress.update(worker.status, metrics.read())
+            worker.check(self.folder.keep_log(node.name, worker.log))
+            artifact = self.store.get(node.fingerprint)
+        except AlignError as error:
+            state = "preempted" if isinstance(error, Preempted) else "failed"
+            self.note(node, state=state, seconds=time.monotonic() - start, message=str(error))
+            raise
+        status, self.received = worker.status, worker.received
+        return artifact, status.resumed_from_step if status else 0
+
+    def note(self, node: Node, **changes: Any) -> None:
+        stages = self.record.stages
+        stages[node.name] = stages[node.name].model_copy(update=changes)
+        self.folder.write_record(self.record)
+
+    def line(self, node: Node, result: StageResult) -> str:
+        how = f"resumed at step {result.resumed_from_step}" if result.state == "resumed" else result.state
+        return f"  {node.name:<{self.width}}  {how}  {clock(result.seconds)}"
+
+
+def _finish(folder: RunFolder, console: Console) -> None:
+    """Write the report, then end with the tables and where the report is."""
+    from align.report.page import write_report
+
+    report = write_report(folder.path, folder.report)
+    show_results(folder, console)
+    shown = report.relative_to(Path.cwd()) if report.is_relative_to(Path.cwd()) else report
+    console.print(f"report: {shown}", highlight=False, markup=False, soft_wrap=True)

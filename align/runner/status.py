@@ -1,0 +1,59 @@
+"""How far the last run of a recipe is, from the files that runner and workers keep."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from align.artifacts.lock import is_locked
+from align.errors import ArtifactError
+from align.runner.folder import RunFolder, StageRecord
+from align.runner.launch import WORKER_LOCK, read_status
+from align.spec.job import Status
+
+
+@dataclass(frozen=True)
+class StageView:
+    """One stage as `align status` shows it.
+
+    Attributes:
+        state: As in `status.json`, and `stopped`: it was running and its runner is gone.
+        step: Steps done, 0 where it does not count any.
+        total_steps: Steps in all, 0 where unknown.
+        seconds: Wall time in the last run.
+        message: What it is doing, or why it ended.
+    """
+
+    name: str
+    state: str
+    step: int
+    total_steps: int
+    seconds: float
+    message: str
+
+
+def read_run(folder: RunFolder) -> list[StageView]:
+    """Every stage of the last run in this folder, in order.
+
+    Raises:
+        ArtifactError: Nothing has run here.
+    """
+    record = folder.read_record()
+    if record is None:
+        raise ArtifactError("this recipe has not run here", where=str(folder.path), fix="align run RECIPE")
+    alive = folder.is_locked()
+    return [_view(name, stage, alive) for name, stage in record.stages.items()]
+
+
+def _view(name: str, stage: StageRecord, alive: bool) -> StageView:
+    state, message = stage.state, stage.message
+    worker = read_status(Path(stage.work)) if stage.work else None
+    if state == "running":
+        message = worker.message if worker else ""
+        if not alive and not is_locked(Path(stage.work) / WORKER_LOCK):
+            return StageView(name, "stopped", *_steps(worker), stage.seconds, "run it again to resume")
+    return StageView(name, state, *_steps(worker), stage.seconds, message)
+
+
+def _steps(worker: Status | None) -> tuple[int, int]:
+    return (worker.step, worker.total_steps) if worker else (0, 0)
