@@ -2,7 +2,7 @@
 # A machine needs Python 3.11 or later with pip and venv, and a package registry. Nothing else.
 
 PYTHON ?= python3
-RECIPE ?= recipes/real/sft_dpo.yaml
+RECIPE ?= recipes/real/alpaca_en.yaml
 
 VENV := .venv
 BIN := $(VENV)/bin

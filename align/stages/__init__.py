@@ -1,0 +1,1 @@
+"""Executes one stage of a recipe in a process of its own; `worker` is that process's entry."""
