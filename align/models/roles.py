@@ -284,5 +284,13 @@ class _CausalLM:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._base, name)
 
+    @property
+    def generation_config(self) -> Any:
+        return self._base.generation_config
+
+    @generation_config.setter
+    def generation_config(self, value: Any) -> None:
+        self._base.generation_config = value
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._base(*args, **kwargs)

@@ -76,3 +76,20 @@ def train_tokenizer(texts: Iterable[str], settings: TokenizerSettings) -> PreTra
     tokenizer = empty.train_new_from_iterator(texts, vocab_size=settings.vocab_size, show_progress=False)
     tokenizer.chat_template = CHATML
     return tokenizer
+
+
+def end_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that end a completion: EOS, and what the chat template puts after an assistant's turn.
+
+    The two differ for many base models: EOS is `<|endoftext|>` there while turns, and so trained completions, end with
+    `<|im_end|>`.
+    """
+    ends = {tokenizer.eos_token_id}
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+        after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("answer")[2]
+        ids = tokenizer(after, add_special_tokens=False)["input_ids"]
+        added = tokenizer.added_tokens_decoder
+        if ids and ids[0] in added and added[ids[0]].special:
+            ends.add(ids[0])
+    return ends
