@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 
@@ -10,10 +11,12 @@ from align.recipe.document import Loc
 from align.recipe.lineage import declared_model, model_loc
 from align.recipe.load import LoadedRecipe
 from align.recipe.references import Reference, references
+from align.recipe.shape import either
 from align.recipe.sources import base_folder
 from align.recipe.suggest import did_you_mean, nearest
-from align.spec.base import DataRef, StageRef
+from align.spec.base import DataRef, HubAdapter, StageRef
 from align.spec.data import RECORDS_OF_FORMAT
+from align.spec.model import LoraSettings, ModelSettings
 from align.spec.stages import CompareStage, PolicyStage, Stage, TrainedStage
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -21,41 +24,19 @@ RESERVED = ("logs",)
 """Names that a run's folder uses itself."""
 
 
-def check_names(loaded: LoadedRecipe, stages: dict[str, Stage]) -> Iterator[RecipeError]:
+def check_names(loaded: LoadedRecipe) -> Iterator[RecipeError]:
     """Every mistake in the names of a recipe."""
-    check = _Check(loaded, stages)
+    check = _Check(loaded)
     yield from check.own_names()
-    for name in stages:
+    for name in loaded.stages:
         yield from check.references(name)
         yield from check.model(name)
     yield from check.unused()
 
 
-def find_cycle(edges: dict[str, list[str]]) -> list[str]:
-    """Stages that wait for each other, the first one repeated at the end; empty if there are none.
-
-    Example:
-        >>> find_cycle({"a": ["b"], "b": ["c"], "c": ["b"]})
-        ['b', 'c', 'b']
-    """
-    done: set[str] = set()
-
-    def visit(name: str, path: list[str]) -> list[str]:
-        if name in path:
-            return [*path[path.index(name) :], name]
-        if name not in done:
-            for parent in edges[name]:
-                if cycle := visit(parent, [*path, name]):
-                    return cycle
-            done.add(name)
-        return []
-
-    return next((cycle for name in edges if (cycle := visit(name, []))), [])
-
-
 class _Check:
-    def __init__(self, loaded: LoadedRecipe, stages: dict[str, Stage]) -> None:
-        self.loaded, self.stages, self.data = loaded, stages, loaded.recipe.data
+    def __init__(self, loaded: LoadedRecipe) -> None:
+        self.loaded, self.stages, self.data = loaded, loaded.stages, loaded.recipe.data
         self.meant: set[str] = set()
         """Data entries that some stage names, or seems to mean."""
 
@@ -107,12 +88,13 @@ class _Check:
             return
         fmt = self.data[reference.name].format
         if fmt not in serving:
+            self.meant.update(fitting)
             kind = type(self.stages[name]).model_fields["kind"].default
             named = f"; entries that do: {', '.join(fitting)}" if fitting else ""
             yield self._error(
                 loc,
                 f"`{reference.name}` has the format {fmt}, which holds {RECORDS_OF_FORMAT[fmt]} records; "
-                f"{kind} reads {' or '.join(mark.records)} records",
+                f"{kind} reads {either(list(mark.records))} records",
                 f"formats that serve: {', '.join(serving)}{named}",
             )
 
@@ -148,10 +130,38 @@ class _Check:
                 "remove it",
             )
 
+        if isinstance(stage.policy, HubAdapter):
+            yield from self._adapter(name, stage.policy.adapter, model)
+
+    def _adapter(self, name: str, adapter: str, model: ModelSettings) -> Iterator[RecipeError]:
+        """A local adapter must be there and be what `model.adapter` says; one on the Hub is read by the worker."""
+        loc = ("stages", name, "policy", "adapter")
+        folder = base_folder(adapter, self.loaded.folder)
+        if folder is None:
+            if looks_like_path(adapter):
+                yield self._error(loc, f"there is no folder {adapter}", f"paths start at {self.loaded.path.parent}/")
+            return
+        try:
+            found = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            yield self._error(
+                loc, f"{adapter} holds no readable adapter_config.json: {error}", "name the folder of a PEFT adapter"
+            )
+            return
+        if isinstance(model.adapter, LoraSettings) and not model.merge_parent:
+            for mine, theirs in (("rank", "r"), ("alpha", "lora_alpha"), ("rslora", "use_rslora")):
+                value = getattr(model.adapter, mine)
+                if theirs in found and found[theirs] != value:
+                    yield self._error(
+                        model_loc(self.loaded, name, "adapter", mine),
+                        f"{mine} is {value}, the adapter {adapter} has {found[theirs]}",
+                        f"write {mine}: {found[theirs]}, or set merge_parent: true in the stage's `model`",
+                    )
+
     def _base(self, name: str, base: str) -> Iterator[RecipeError]:
         loc = model_loc(self.loaded, name, "base")
         full = [each for each, stage in self.stages.items() if self._yields_a_base(each, stage) and each != name]
-        if base == name:
+        if base == name and name in [each for each, stage in self.stages.items() if self._yields_a_base(each, stage)]:
             yield self._error(
                 loc, f"stage `{name}` cannot be its own base", f"give stage `{name}` a `model.base` of its own"
             )
@@ -159,10 +169,10 @@ class _Check:
             if base not in full:
                 why = "trains an adapter" if isinstance(self.stages[base], TrainedStage) else "trains nothing"
                 yield self._error(
-                    loc, f"`{base}` {why}, it is no base", f"write `policy: {base}` in the stage that goes on from it"
+                    loc, f"`{base}` {why}, it is no base", f"write `policy: {base}` in the stages that go on from it"
                 )
         elif base_folder(base, self.loaded.folder) is None:
-            if base.startswith((".", "/", "~")) or base.count("/") > 1:
+            if looks_like_path(base):
                 yield self._error(loc, f"there is no folder {base}", f"paths start at {self.loaded.path.parent}/")
             elif "/" not in base and nearest(base, full):
                 yield self._error(
@@ -188,6 +198,11 @@ class _Check:
 
     def _error(self, loc: Loc, message: str, fix: str) -> RecipeError:
         return RecipeError(message, where=self.loaded.where(*loc), fix=fix)
+
+
+def looks_like_path(name: str) -> bool:
+    """Whether a name can be a folder's only: the Hub knows `model` and `owner/model`."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 def _trains_a_base(stage: Stage) -> bool:

@@ -41,6 +41,8 @@ class Digests:
         self._memo_file = home / "digests.json"
         self._memo = _read_memo(self._memo_file)
         self._changed = False
+        self._offline = ""
+        self._commits: dict[tuple[str, str, str], str] = {}
 
     def file(self, path: Path) -> str:
         """SHA-256 of a file's content.
@@ -70,17 +72,23 @@ class Digests:
 
         A name that neither knows stays unresolved, so that a recipe can be checked without a network; a run that needs
         it cannot load it either.
+
+        Raises:
+            LookupError: The Hub answered that there is no such repository or revision.
         """
         revision = revision or "main"
         if _COMMIT.fullmatch(revision):
             return f"{name}@{revision}"
-        try:
-            return f"{name}@{_ask_hub(kind, name, revision)}"
-        except (OSError, ValueError, RuntimeError) as error:
-            commit = _cached_commit(kind, name, revision)
+        key = (kind, name, revision)
+        if key not in self._commits:
+            commit = None
+            if not self._offline:
+                commit, self._offline = _ask_hub(kind, name, revision)
+            commit = commit or _cached_commit(kind, name, revision)
             if commit is None:
-                self.unresolved[f"{name}@{revision}"] = str(error).strip().split("\n")[0]
-            return f"{name}@{commit or revision}"
+                self.unresolved[f"{name}@{revision}"] = self._offline
+            self._commits[key] = commit or revision
+        return f"{name}@{self._commits[key]}"
 
     def save(self) -> None:
         """Write the memo; a home that cannot be written only costs time."""
@@ -113,15 +121,19 @@ def _read_memo(path: Path) -> dict[str, Any]:
     return memo if isinstance(memo, dict) else {}
 
 
-def _ask_hub(kind: Literal["model", "dataset"], name: str, revision: str) -> str:
+def _ask_hub(kind: Literal["model", "dataset"], name: str, revision: str) -> tuple[str | None, str]:
+    """The commit and nothing; or None and why the Hub did not answer."""
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
     api = HfApi()
     ask = api.model_info if kind == "model" else api.dataset_info
-    commit = ask(name, revision=revision, timeout=HUB_TIMEOUT_SECONDS).sha
-    if not commit:
-        raise ValueError(f"the Hub names no commit of {name}@{revision}")
-    return commit
+    try:
+        return ask(name, revision=revision, timeout=HUB_TIMEOUT_SECONDS).sha, ""
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
+        raise LookupError(str(error).strip().split("\n")[0]) from error
+    except Exception as error:  # whatever its HTTP client raises where there is no network
+        return None, str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def _cached_commit(kind: Literal["model", "dataset"], name: str, revision: str) -> str | None:

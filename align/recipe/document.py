@@ -99,7 +99,10 @@ def parse(text: str, name: str) -> Document:
 
 def parse_value(text: str, name: str) -> Any:
     """Parse one value as it would stand in a recipe: a scalar, or a list or mapping in flow style."""
-    return parse(text, name).data
+    try:
+        return parse(text, name).data
+    except RecipeError as error:
+        raise RecipeError(error.message, where=name, fix=error.fix) from None
 
 
 def dump(data: Any) -> str:
@@ -133,6 +136,10 @@ class Origins:
                 return text if n == len(loc) else f"{text}: {dotted(loc)}"
             if loc[:n] in self.lines:
                 break
+        if loc and not any(known[: len(loc)] == loc for known in self.lines):
+            for made, text in self.overrides.items():  # a mapping that an override made on its way
+                if made[: len(loc)] == loc:
+                    return text
         return f"{self.name}:{self.line(loc)}" + (f": {dotted(loc)}" if loc else "")
 
     def knows(self, loc: Loc) -> bool:
@@ -191,12 +198,11 @@ class _Builder:
             if key.tag == _TAG + "merge":
                 merged = self.merged(value, loc) | merged
                 continue
-            if key.value in own:
-                first = _line(own[key.value][0])
-                raise self.error(
-                    key, f"key `{key.value}` is given twice (first in line {first})", "remove one of the two"
-                )
-            own[key.value] = key, value
+            name = self.text(key)
+            if name in own:
+                first = _line(own[name][0])
+                raise self.error(key, f"key `{name}` is given twice (first in line {first})", "remove one of the two")
+            own[name] = key, value
         for name, (key, value) in own.items():
             if name in merged:
                 self.forget((*loc, name))
@@ -219,7 +225,7 @@ class _Builder:
             del self.lines[known]
 
     def scalar(self, node: yaml.ScalarNode) -> Any:
-        text, kind = node.value, node.tag.removeprefix(_TAG)
+        text, kind = self.text(node), node.tag.removeprefix(_TAG)
         if kind == "null":
             return None
         if kind == "bool":
@@ -235,6 +241,12 @@ class _Builder:
                     node, f"{text} is not a finite number", "write a finite number, or quote it if it is a name"
                 )
             return number
+        return text
+
+    def text(self, node: yaml.ScalarNode) -> str:
+        text = str(node.value)
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise self.error(node, "half of a surrogate pair is no character", "write the character itself")
         return text
 
     def error(self, node: yaml.Node, message: str, fix: str) -> RecipeError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_origin
 
 from align.recipe.document import Loc, dotted
 from align.recipe.shape import (
@@ -123,11 +123,15 @@ def _only(annotation: Any) -> Any:
 
 
 def _wrong_value(loc: Loc, annotation: Any, value: Any) -> Problem:
-    expected = describe(annotation)
-    fix = _as_expected(annotation, value) or f"write {expected}"
+    fix = _as_expected(annotation, value) or f"write {describe(annotation)}"
+    expected = "one of the choices" if _is_choice(annotation) else describe(annotation, keys=False)
     return Problem(
-        VALUE, loc, f"{shown(value)} must be {expected}" if value is not None else f"must be {expected}, not empty", fix
+        VALUE, loc, f"{shown(value)} is not {expected}" if value is not None else f"must be {expected}, not empty", fix
     )
+
+
+def _is_choice(annotation: Any) -> bool:
+    return all(get_origin(strip(each)) is Literal for each in alternatives(annotation))
 
 
 def _as_expected(annotation: Any, value: Any) -> str | None:
@@ -137,6 +141,9 @@ def _as_expected(annotation: Any, value: Any) -> str | None:
         for model in models_in(annotation):
             if discriminator_tag(model, "kind") == value:
                 return f"write {{kind: {value}}}, with its settings beside `kind`"
+            needed = [name for name, info in model.model_fields.items() if info.is_required()]
+            if len(needed) == 1 and kinds == {model}:
+                return f"write {{{needed[0]}: {value}}}"
         number = _number(value)
         if kinds & {int, float} and number is not None:
             return f"write {number:g}" + (" without quotes" if f"{number:g}" == value else "")
@@ -146,7 +153,11 @@ def _as_expected(annotation: Any, value: Any) -> str | None:
             return f"write [{value}]"
     if isinstance(value, float) and int in kinds:
         return f"write {int(value)}" if value == int(value) else "write a whole number"
-    if isinstance(value, bool | int | float) and str in kinds:
+    if (
+        isinstance(value, bool | int | float)
+        and str in kinds
+        and not any(metadata(each) for each in alternatives(annotation))
+    ):
         return "put it in quotes"
     return None
 
@@ -198,13 +209,12 @@ def _unknown_key(spot: Spot, data: Any) -> Problem:
             return Problem(SLIP, spot.loc, f"{unknown} here; it is a setting of {place}", f"move it to {place}")
     owners = [each for each in spot.siblings if name in each.model_fields]
     if owners:
-        told = listed([told_apart_by(each, spot) or each.__name__ for each in owners])
-        return Problem(
-            SLIP, spot.loc, f"`{told_apart_by(model, spot)}` does not use `{name}`; {told} would", "remove it"
-        )
+        mine, theirs = told_apart_by(model, spot), [told_apart_by(each, spot) or each.__name__ for each in owners]
+        told = f"`{mine}` takes no `{name}`" + ("" if name in theirs else f"; {listed(theirs)} would")
+        return Problem(SLIP, spot.loc, told, "remove it")
     if near := nearest(name, model.model_fields):
         first = f"; did you mean `{near[0]}`, which is given already?"
-        return Problem(SLIP, spot.loc, unknown + first, "remove one of the two")
+        return Problem(SLIP, spot.loc, unknown + first, f"remove `{name}`, or let it take the other's place")
     part_of = [field for field in model.model_fields if name in field.split("_") or f"_{name}" in field]
     hint = f"; did you mean `{part_of[0]}`?" if len(part_of) == 1 else ""
     return Problem(SLIP, spot.loc, unknown + hint, f"known here: {listed(list(model.model_fields), limit=99)}")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
+from heapq import heappop, heappush
 from pathlib import Path
 
 from align.errors import RecipeError
-from align.recipe.check import check_names, find_cycle
+from align.recipe.check import check_names
 from align.recipe.digest import Digests
 from align.recipe.fingerprint import Fingerprints
+from align.recipe.ignored import check_ignored
 from align.recipe.lineage import Lineage, declared_model
 from align.recipe.load import LoadedRecipe
 from align.recipe.references import references
@@ -92,15 +95,14 @@ def build_graph(loaded: LoadedRecipe, home: Path) -> Graph:
             files; all of them at once.
         DataError: A data file cannot be read.
     """
-    stages: dict[str, Stage] = loaded.recipe.stages  # type: ignore[attr-defined]
+    stages = loaded.stages
     sources = Sources(loaded)
-    errors = [*check_names(loaded, stages), *sources.check()]
-    edges = {name: _named(loaded, stages, name) for name in stages}
-    if cycle := find_cycle(edges):
-        errors.append(_cycle_error(loaded, cycle))
-    _raise(errors)
-    lineage = Lineage(loaded, stages)
-    order = list(_sorted(edges))
+    _raise(sources.variables())
+    edges = {name: _named(loaded, name) for name in stages}
+    order, cycle = _sorted(edges)
+    errors = [*check_names(loaded), *sources.check(), *check_ignored(loaded)]
+    _raise([*errors, _cycle_error(loaded, cycle)] if cycle else errors)
+    lineage = Lineage(loaded)
     models = {name: lineage.resolve(name) for name in order}
     _raise(lineage.errors)
     digests = Digests(home)
@@ -125,37 +127,36 @@ def _raise(errors: Iterable[RecipeError]) -> None:
         raise combine(errors)
 
 
-def _named(loaded: LoadedRecipe, stages: dict[str, Stage], name: str) -> list[str]:
-    """The stages that a stage names and that exist, its declared base included."""
-    stage = stages[name]
-    named = [each.name for each in references(stage) if isinstance(each.mark, StageRef)]
+def _named(loaded: LoadedRecipe, name: str) -> list[str]:
+    """The other stages that a stage names and could go on from, its declared base included."""
+    stages, stage = loaded.stages, loaded.stages[name]
+    marked = [each for each in references(stage) if isinstance(each.mark, StageRef) and each.name in stages]
+    named = [each.name for each in marked if each.mark == StageRef(stages[each.name].produces)]
     if isinstance(stage, PolicyStage) and (model := declared_model(loaded, name, stage)) is not None:
         named.append(model.base)
-    return [each for each in dict.fromkeys(named) if each in stages]
+    return [each for each in dict.fromkeys(named) if each in stages and each != name]
 
 
-def _sorted(edges: dict[str, list[str]]) -> Iterator[str]:
-    """Names with their parents first, otherwise in order."""
-    done: set[str] = set()
-
-    def visit(name: str) -> Iterator[str]:
-        if name not in done:
-            done.add(name)
-            for parent in edges[name]:
-                yield from visit(parent)
-            yield name
-
-    for name in edges:
-        yield from visit(name)
+def _sorted(edges: dict[str, list[str]]) -> tuple[list[str], list[str]]:
+    """Names with their parents first, otherwise in the given order; and a cycle, its first name repeated, if any."""
+    place = {name: i for i, name in enumerate(edges)}
+    sorter = TopologicalSorter(edges)
+    order: list[str] = []
+    ready: list[tuple[int, str]] = []
+    try:
+        sorter.prepare()
+    except CycleError as error:
+        return [], list(reversed(error.args[1]))
+    while sorter.is_active():
+        for name in sorter.get_ready():
+            heappush(ready, (place[name], name))
+        _, name = heappop(ready)
+        order.append(name)
+        sorter.done(name)
+    return order, []
 
 
 def _cycle_error(loaded: LoadedRecipe, cycle: list[str]) -> RecipeError:
-    if len(cycle) == 2:
-        return RecipeError(
-            f"stage `{cycle[0]}` names itself",
-            where=loaded.where("stages", cycle[0]),
-            fix="name an earlier stage, or give the stage's `model` a base of its own",
-        )
     return RecipeError(
         f"stages wait for each other: {' -> '.join(cycle)}",
         where=loaded.where("stages", cycle[0]),

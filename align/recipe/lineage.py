@@ -16,7 +16,7 @@ from align.recipe.load import LoadedRecipe
 from align.recipe.references import references
 from align.spec.base import HubAdapter, StageRef
 from align.spec.model import LoraSettings, ModelSettings
-from align.spec.stages import PolicyStage, Stage, TrainedStage
+from align.spec.stages import PolicyStage, TrainedStage
 
 SAME_IN_ADAPTERS = ("rank", "alpha", "targets", "rslora")
 """What must agree for a copy of an adapter to compute the same. Dropout may differ."""
@@ -45,19 +45,17 @@ class Lineage:
 
     Attributes:
         loaded: The recipe.
-        stages: Its stages.
         policies: The policies of the stages resolved so far.
         errors: What is wrong.
     """
 
     loaded: LoadedRecipe
-    stages: dict[str, Stage]
     policies: dict[str, Policy] = field(default_factory=dict)
     errors: list[RecipeError] = field(default_factory=list)
 
     def resolve(self, name: str) -> ModelSettings | None:
         """The model of a stage; None for a kind that loads none, or where an error stands in the way."""
-        stage = self.stages[name]
+        stage = self.loaded.stages[name]
         if not isinstance(stage, TrainedStage):
             return None
         if not isinstance(stage, PolicyStage):
@@ -120,7 +118,7 @@ class Lineage:
         return Policy(parent.base, model, adapter, parent.ancestors)
 
     def _agree_on_base(self, name: str, parent_name: str, parent: Policy, model: ModelSettings) -> None:
-        own = getattr(self.stages[name], "model", None)
+        own = getattr(self.loaded.stages[name], "model", None)
         explicit = own is not None and own.base is not None
         lineage = {parent_name if parent.adapter is None else parent.model.base}
         if model.base not in (lineage if explicit else parent.ancestors | lineage):
@@ -143,11 +141,12 @@ class Lineage:
             theirs |= {each: _plain(getattr(parent.adapter, each)) for each in SAME_IN_ADAPTERS}
         for each in [each for each in mine if mine[each] != theirs[each]]:
             inside = each not in ("quantization", "adapter")
+            same = f"use {each} {theirs[each]} here too" if each != "adapter" else "remove `adapter: none`"
             self._error(
                 self._model_loc(name, *(("adapter", each) if inside else (each,))),
                 f"`{name}` has {each} {mine[each]}, its parent `{parent_name}` has {theirs[each]}: "
                 "an adapter goes on as a copy of its parent's",
-                f"use {each} {theirs[each]} here too, or set merge_parent: true in the stage's `model`",
+                f"{same}, or set merge_parent: true in the stage's `model`",
             )
 
     def _one_base(self, name: str, stage: PolicyStage, policy: Policy) -> None:

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from align.errors import RecipeError
-from align.recipe.document import MAX_BYTES, Origins, dump, parse
+from align.recipe.document import MAX_BYTES, Origins, parse
 from align.recipe.overrides import apply_override
 from align.recipe.schema import RecipeBase, recipe_model
 from align.recipe.suggest import did_you_mean
 from align.recipe.validate import validate
+from align.spec.stages import Stage
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,14 @@ class LoadedRecipe:
         """Where relative paths of the recipe start."""
         return self.path.resolve().parent
 
+    @property
+    def stages(self) -> dict[str, Stage]:
+        """The stages by name, in the order of the file; each an object of its kind's class."""
+        return self.recipe.stages  # type: ignore[attr-defined, no-any-return]
+
     def where(self, *loc: str | int) -> str:
         """``recipes/x.yaml:12: stages.dpo.beta``, or ``--set stages.dpo.beta=c`` where an override wrote it."""
         return self.origins.where(loc)
-
-    def to_yaml(self) -> str:
-        """The recipe with overrides applied and defaults filled in, as `load_recipe` reads it back."""
-        return dump(self.recipe.model_dump(mode="json", exclude_none=True))
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from align.errors import RecipeError
@@ -23,38 +24,37 @@ def apply_override(data: dict[str, Any], text: str, origins: Origins) -> None:
     """
     where = f"--set {text}"
     path, equals, value = text.partition("=")
-    loc: Loc = tuple(int(item) if item.isdigit() else item for item in path.strip().split("."))
-    if not equals or "" in loc:
+    keys = path.strip().split(".")
+    if not equals or "" in keys:
         raise RecipeError("an override wants a path and a value", where=where, fix="write --set stages.dpo.beta=0.2")
     around: Any = data
-    for depth, item in enumerate(loc):
-        _check_step(around, loc, depth, where)
-        if depth == len(loc) - 1:
-            around[_key(around, item)] = parse_value(value, where)
-        else:
-            inner = around.get(item) if isinstance(around, dict) else around[item]
-            if inner is None:
-                inner = around[_key(around, item)] = {}
-            around = inner
+    loc: Loc = ()
+    for depth, key in enumerate(keys):
+        last = depth == len(keys) - 1
+        step = _step(around, loc, key, last, where)
+        loc = (*loc, step)
+        if last:
+            around[step] = parse_value(value, where)
+        elif isinstance(around, dict) and around.get(step) is None:
+            around[step] = {}
+        around = around[step]
     origins.forget(loc)
     origins.overrides[loc] = where
 
 
-def _key(around: Any, item: str | int) -> str | int:
-    return str(item) if isinstance(around, dict) else item
-
-
-def _check_step(around: Any, loc: Loc, depth: int, where: str) -> None:
-    item, outer = loc[depth], loc[:depth]
+def _step(around: Any, outer: Loc, key: str, last: bool, where: str) -> str | int:
+    """The key or position that one part of the path stands for."""
     if isinstance(around, list):
-        if not isinstance(item, int) or item >= len(around):
+        if not re.fullmatch("[0-9]{1,6}", key) or int(key) >= len(around):
             fix = f"write a number from 0 to {len(around) - 1}, or set the whole list"
             raise RecipeError(f"`{dotted(outer)}` is a list of {len(around)}", where=where, fix=fix)
-    elif not isinstance(around, dict):
+        return int(key)
+    if not isinstance(around, dict):
         raise RecipeError(f"`{dotted(outer)}` is no mapping", where=where, fix=f"set the whole of `{dotted(outer)}`")
-    elif outer in NAMED and str(item) not in around and depth < len(loc) - 1:
+    if outer in NAMED and key not in around and not last:
         raise RecipeError(
-            f"`{dotted(outer)}` has no entry `{item}`{did_you_mean(str(item), around)}",
+            f"`{dotted(outer)}` has no entry `{key}`{did_you_mean(key, around)}",
             where=where,
             fix=f"one of: {', '.join(around) or 'none'}",
         )
+    return key

@@ -140,8 +140,8 @@ def options(annotation: Any) -> list[Any]:
     ]
 
 
-def describe(annotation: Any) -> str:
-    """What is expected, in words.
+def describe(annotation: Any, keys: bool = True) -> str:
+    """What is expected, in words; with the keys of a mapping, where it is one class and `keys` is true.
 
     Example:
         >>> describe(int | None), describe(Literal["a", "b"]), describe(list[str] | Literal["all"])
@@ -153,7 +153,8 @@ def describe(annotation: Any) -> str:
         if get_origin(kind) is Literal:
             parts += [f"`{value}`" for value in get_args(kind)]
         elif is_model(kind):
-            parts.append("a mapping with " + listed(list(kind.model_fields)))
+            one = keys and len(models_in(annotation)) == 1
+            parts.append("a mapping" + (f" with {listed(list(kind.model_fields))}" if one else ""))
         elif any(isinstance(mark, StageRef) for mark in metadata(each)):
             parts.append("the name of a stage")
         elif any(isinstance(mark, DataRef) for mark in metadata(each)):
@@ -161,7 +162,7 @@ def describe(annotation: Any) -> str:
         else:
             plain = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
             parts.append(plain.get(kind) or {"list": "a list", "dict": "a mapping"}.get(outline(each), "another value"))
-    return either(parts)
+    return either(list(dict.fromkeys(parts)))
 
 
 def either(parts: list[str]) -> str:

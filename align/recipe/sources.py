@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from align.errors import AlignError, DataError, LaunchError, RecipeError
+from align.errors import DataError, LaunchError, RecipeError
 from align.recipe.digest import Digests
 from align.recipe.document import Loc
 from align.recipe.env import is_malformed, resolve_env, variables
@@ -26,7 +26,15 @@ from align.spec.data import FileData, GeneratedData
 def base_folder(name: str, folder: Path) -> Path | None:
     """The folder that a model's name refers to, from the recipe's folder or the current one; None for a Hub name."""
     name = str(resolve_env(name))
-    return next((each for each in (folder / name, Path(name)) if each.is_dir()), None)
+    return next((each for each in (folder / name, Path(name)) if _is("dir", each)), None)
+
+
+def _is(kind: Literal["file", "dir"], path: Path) -> bool:
+    """Whether the path is one; a name that no file can have, or that is out of reach, is none."""
+    try:
+        return path.is_file() if kind == "file" else path.is_dir()
+    except (OSError, ValueError):
+        return False
 
 
 @cache
@@ -85,14 +93,16 @@ class Sources:
 
     def check(self) -> Iterator[RecipeError]:
         """Everything outside that is not there."""
-        unset = list(self._variables(self.loaded.recipe.model_dump(), ()))
-        yield from unset
         yield from self._plugins()
         for name, source in self.loaded.recipe.data.items():
-            if isinstance(source, FileData) and not unset:
+            if isinstance(source, FileData):
                 yield from self._file(name, source)
             elif isinstance(source, GeneratedData) and source.generator in plugins("align.generators"):
                 yield from self._generator(name, source)
+
+    def variables(self) -> Iterator[RecipeError]:
+        """Every `${env:NAME}` that is not set, or malformed."""
+        yield from self._variables(self.loaded.recipe.model_dump(), ())
 
     def _variables(self, value: Any, loc: Loc) -> Iterator[RecipeError]:
         if isinstance(value, dict | list):
@@ -118,12 +128,12 @@ class Sources:
 
     def _file(self, name: str, source: FileData) -> Iterator[RecipeError]:
         path = self.path(source)
-        if path.is_file():
+        if _is("file", path):
             return
-        if path.is_dir():
+        if _is("dir", path):
             yield self._error(("data", name, "path"), f"{source.path} is a folder", "name a file in it")
             return
-        beside = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
+        beside = [each.name for each in path.parent.iterdir()] if _is("dir", path.parent) else []
         hint = did_you_mean(path.name, beside)
         yield self._error(
             ("data", name, "path"),
@@ -147,19 +157,19 @@ class Sources:
                 f"write format: {parts[source.part]}",
             )
             return
-        try:
-            described = getattr(kind, "Options", None)
-            if isinstance(described, type) and issubclass(described, BaseModel):
+        described = getattr(kind, "Options", None)
+        if isinstance(described, type) and issubclass(described, BaseModel):
+            try:
                 validate(described, source.options, self.loaded.origins, ("data", name, "options"))
-            kind().generate(source.part, source.rows, source.seed, source.options)
-        except RecipeError as error:
-            if error.where is None:
-                given = self.loaded.origins.knows(("data", name, "options")) and source.options
-                loc = ("data", name, "options") if given else ("data", name, "rows")
-                error = self._error(loc, error.message, error.fix or "see the generator's documentation")
-            yield error
-        except AlignError:
-            raise
+            except RecipeError as error:
+                yield error
+                return
+        if complaint := _complaint(kind, source, source.options):
+            loc: Loc = ("data", name, "rows")
+            if source.options and _complaint(kind, source, {}) is None:
+                alone = [key for key, value in source.options.items() if _complaint(kind, source, {key: value})]
+                loc = ("data", name, "options", *alone[:1])
+            yield self._error(loc, complaint.message, complaint.fix or "see the generator's documentation")
 
     def _error(self, loc: Loc, message: str, fix: str) -> RecipeError:
         return RecipeError(message, where=self.loaded.where(*loc), fix=fix)
@@ -171,3 +181,14 @@ def references_in(loaded: LoadedRecipe) -> Iterator[tuple[Loc, Any]]:
         for name, settings in getattr(loaded.recipe, part).items():
             for reference in references(settings):
                 yield (part, name, *reference.loc), reference
+
+
+def _complaint(kind: Any, source: GeneratedData, options: dict[str, Any]) -> RecipeError | None:
+    """What a generator says of these options before it makes a row."""
+    try:
+        kind().generate(source.part, source.rows, source.seed, options)
+    except RecipeError as error:
+        return error
+    except (ValueError, TypeError) as error:
+        return RecipeError(f"{source.generator}: {error}")
+    return None
