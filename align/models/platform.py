@@ -29,9 +29,8 @@ def prepare_process() -> None:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = (
-            False  # costs a pass over every buffer, helps debugging only
-        )
+        # It would fill every new buffer with NaN, which only helps debugging.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def device() -> torch.device:
