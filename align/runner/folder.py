@@ -73,6 +73,10 @@ class RunFolder:
     def report(self) -> Path:
         return self.path / "report.html"
 
+    @property
+    def results(self) -> Path:
+        return self.path / "results.json"
+
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Keep a second run of the recipe out of this folder.
@@ -120,7 +124,7 @@ class RunFolder:
         return {p.name: p.resolve() for p in sorted(self.path.iterdir()) if p.is_symlink() and p.is_dir()}
 
     def drop_links(self, keep: dict[str, Path]) -> None:
-        """Remove every link that does not point to one of these: what another recipe of this name made is not this run's."""
+        """Remove every link that points elsewhere: it is of another state of the recipe."""
         for path in self.path.iterdir():
             if path.is_symlink() and path.resolve() != keep.get(path.name):
                 path.unlink()

@@ -70,7 +70,8 @@ class StageProgress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._progress.stop()
+        if self._console.is_terminal:
+            self._progress.stop()
 
     def update(self, status: Status | None, metrics: dict[str, Any]) -> None:
         """Show a status and the latest metrics."""

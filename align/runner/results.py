@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
+from align.artifacts.seal import write_atomic
 from align.errors import ArtifactError, RecipeError
 from align.runner.folder import RunFolder
 
@@ -46,6 +47,15 @@ def one_comparison(folder: RunFolder, stage: str | None = None) -> Results:
         what = f"no finished comparison is called {stage!r}" if stage else "the run has several comparisons"
         raise RecipeError(what, where="--stage", fix=f"one of: {', '.join(found)}")
     return found[stage]
+
+
+def keep_results(folder: RunFolder) -> None:
+    """Keep the results of the last comparison as `results.json` of the run folder."""
+    found = list(run_results(folder).values())
+    if found:
+        write_atomic(folder.results, json.dumps(found[-1], indent=1, ensure_ascii=False))
+    else:
+        folder.results.unlink(missing_ok=True)
 
 
 def show_results(folder: RunFolder, console: Console) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,11 +18,12 @@ from align.errors import AlignError, RecipeError
 from align.recipe import Graph, LoadedRecipe, Node, build_graph, load_recipe
 from align.recipe.rules import check_rules
 from align.recipe.suggest import did_you_mean
+from align.report.page import write_report
 from align.runner.folder import RunFolder, RunRecord, StageRecord
 from align.runner.job import make_job
 from align.runner.launch import RESUME, Preempted, Worker
 from align.runner.progress import MetricsTail, StageProgress, clock
-from align.runner.results import run_results, show_results
+from align.runner.results import keep_results, run_results, show_results
 
 POLL_SECONDS = 0.2
 
@@ -94,8 +96,13 @@ def run_recipe(
         folder.write_recipe(loaded)
         folder.drop_links(keep={name: store.folder(node.fingerprint).resolve() for name, node in graph.nodes.items()})
         run = _Run(loaded, graph, store, folder, console, nodes)
-        run.discard(again)
-        results = {node.name: run.stage(node) for node in nodes}
+        try:
+            run.discard(again)
+            results = {node.name: run.stage(node) for node in nodes}
+        except AlignError:
+            with suppress(AlignError):  # the page tells how far it came; its own trouble is not the one to tell
+                write_report(folder.path, folder.report)
+            raise
         _finish(folder, console)
     return RunResult(results, folder.path)
 
@@ -202,8 +209,7 @@ class _Run:
 
 def _finish(folder: RunFolder, console: Console) -> None:
     """Write the report, then end with the tables and where the report is."""
-    from align.report.page import write_report
-
+    keep_results(folder)
     report = write_report(folder.path, folder.report)
     show_results(folder, console)
     shown = report.relative_to(Path.cwd()) if report.is_relative_to(Path.cwd()) else report
