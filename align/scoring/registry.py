@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
-from importlib.metadata import EntryPoint, entry_points
 from typing import Protocol, runtime_checkable
 
-from align.errors import LaunchError, RecipeError
+from align.errors import RecipeError
+from align.recipe.sources import plugin, plugins
+from align.recipe.suggest import did_you_mean
 
 GROUP = "align.scorers"
 
@@ -31,19 +31,19 @@ def get_scorer(name: str) -> Scorer:
         RecipeError: No scorer has that name, or what has it cannot score.
         LaunchError: Its package cannot be imported.
     """
-    entry = _entry(name)
-    try:
-        found = entry.load()
-    except (ImportError, AttributeError) as error:
-        raise LaunchError(
-            f"scorer {name!r} ({entry.value}) cannot be imported: {error}",
+    registered = plugins(GROUP)
+    if name not in registered:
+        raise RecipeError(
+            f"no scorer is called `{name}`{did_you_mean(name, registered)}",
             where="scorers",
-            fix="install what it needs, or reinstall the package that registers it",
-        ) from error
+            fix=f"one of: {', '.join(registered) or '(none is installed)'}; a package adds one through the entry point "
+            f"group {GROUP}",
+        )
+    found = plugin(GROUP, name)
     scorer = found() if isinstance(found, type) else found
     if not isinstance(scorer, Scorer):
         raise RecipeError(
-            f"scorer {name!r} ({entry.value}) has no method score(prompt, completion)",
+            f"scorer `{name}` ({registered[name].value}) has no method score(prompt, completion)",
             where="scorers",
             fix="register a class or an object that has one",
         )
@@ -53,16 +53,3 @@ def get_scorer(name: str) -> Scorer:
 def score_label(name: str, scorer: Scorer) -> str:
     """The name of a scorer's column in results."""
     return str(getattr(scorer, "label", name))
-
-
-def _entry(name: str) -> EntryPoint:
-    registered = {entry.name: entry for entry in entry_points(group=GROUP)}
-    if name not in registered:
-        close = get_close_matches(name, registered, n=1)
-        raise RecipeError(
-            f"no scorer is called {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""),
-            where="scorers",
-            fix=f"one of: {', '.join(sorted(registered)) or '(none is installed)'}; a package adds one through the "
-            f"entry point group {GROUP}",
-        )
-    return registered[name]

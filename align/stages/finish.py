@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import resource
 import shutil
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 from align.data import DataReport
 
 from align.artifacts.manifest import Manifest, PolicyRecord, hardware, library_versions
@@ -20,6 +18,7 @@ from align.models.roles import RoleModel
 from align.models.save import MODEL, save_policy
 from align.spec.job import Job
 from align.spec.stages import TrainedStage
+from align.stages.memory import peak_memory
 from align.stages.start import Start
 from align.training.trainer import AlignTrainer
 
@@ -82,7 +81,7 @@ def publish_policy(
         hardware=hardware(),
         metrics=_last_values(work / "metrics.jsonl"),
         wall_seconds=seconds,
-        peak_memory_bytes=_peak_memory(),
+        peak_memory_bytes=peak_memory(),
         steps=trainer.state.global_step,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
@@ -96,10 +95,3 @@ def _last_values(metrics: Path) -> dict[str, float]:
     """The last value of every logged metric."""
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     return {k: v for line in lines for k, v in line.items() if isinstance(v, int | float) and k != "step"}
-
-
-def _peak_memory() -> int:
-    """Bytes: on a GPU what the allocator held at most, on a CPU the resident set of this process at most."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from align.errors import LaunchError, RecipeError
+from align.recipe.sources import plugins
 from align.scoring import Scorer, get_scorer, score_label
 
 PACKAGE = '''
@@ -35,7 +37,7 @@ absent = a_package_nobody_has:Scorer
 
 
 @pytest.fixture
-def house_scorers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def house_scorers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A package that registers scorers, installed the way pip leaves one."""
     (tmp_path / "house_scorers.py").write_text(PACKAGE)
     info = tmp_path / "house_scorers-1.0.dist-info"
@@ -44,6 +46,9 @@ def house_scorers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (info / "entry_points.txt").write_text(ENTRIES)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "house_scorers", raising=False)
+    plugins.cache_clear()
+    yield
+    plugins.cache_clear()
 
 
 @pytest.mark.usefixtures("house_scorers")
@@ -62,21 +67,21 @@ def test_a_scorer_may_name_its_column() -> None:
 
 @pytest.mark.usefixtures("house_scorers")
 def test_unknown_names_are_told_with_the_nearest() -> None:
-    with pytest.raises(RecipeError, match=r"short-answer.*did you mean 'short-answers'") as caught:
+    with pytest.raises(RecipeError, match=r"`short-answer`.*did you mean `short-answers`") as caught:
         get_scorer("short-answer")
     assert "ready" in str(caught.value.fix)
 
 
 @pytest.mark.usefixtures("house_scorers")
 def test_what_cannot_score_is_refused() -> None:
-    with pytest.raises(RecipeError, match=r"'mute' \(house_scorers:Mute\) has no method score"):
+    with pytest.raises(RecipeError, match=r"`mute` \(house_scorers:Mute\) has no method score"):
         get_scorer("mute")
 
 
 @pytest.mark.usefixtures("house_scorers")
 @pytest.mark.parametrize("name", ["gone", "absent"])
 def test_what_cannot_be_imported_is_told(name: str) -> None:
-    with pytest.raises(LaunchError, match=f"scorer '{name}'"):
+    with pytest.raises(LaunchError, match=f"`{name}`.*cannot be imported"):
         get_scorer(name)
 
 
