@@ -25,7 +25,8 @@ def prepare_process() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels it does without, layer by layer
     if "OMP_NUM_THREADS" not in os.environ:
         # Ranks of one machine share its cores: more threads than cores are up to a hundred times slower.
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         torch.use_deterministic_algorithms(True)
