@@ -89,9 +89,7 @@ def scatter_plot(points: Sequence[Point], *, title: str, x_label: str, y_label: 
     width, height = 480, 300
     root = canvas(width, height, title)
     x_values = [0.0, *(v for p in points for v in (p.x.low, p.x.high))]
-    # Room at the right for the names, which stand beside their points.
-    room = 16 + BOLD_CHARACTER * max(len(_cut(p.name)) for p in points)
-    x = Scale.over(x_values, 62, width - room)
+    x = Scale.over(x_values, 62, width - 24)
     y = Scale.over([v for p in points for v in (p.y.low, p.y.high)], height - BOTTOM, TOP)
     axes(root, x, y, x_label, y_label)
     for p in points:
@@ -104,9 +102,10 @@ def scatter_plot(points: Sequence[Point], *, title: str, x_label: str, y_label: 
         add(group, "line", "bar", x1=x(p.x.low), x2=x(p.x.high), y1=at_y, y2=at_y)
         add(group, "line", "bar", x1=at_x, x2=at_x, y1=y(p.y.low), y2=y(p.y.high))
         marker(group, i, "mark", at_x, at_y)
-    names = _spread([y(p.y.mean) - 8 for p in points], gap=13, low=TOP, high=HEIGHT + 30)
-    for i, (p, at) in enumerate(zip(points, names, strict=True)):
-        add(root, "text", f"value {colour(i)}", _cut(p.name), x=x(p.x.mean) + 9, y=at + 2)
+    anchors = [(x(p.x.mean), y(p.y.mean)) for p in points]
+    names = [_cut(p.name) for p in points]
+    for i, (at_x, at_y) in enumerate(_beside(anchors, [BOLD_CHARACTER * len(n) for n in names], width)):
+        add(root, "text", f"value {colour(i)}", names[i], x=at_x, y=at_y + 4)
     return markup(root)
 
 
@@ -192,6 +191,33 @@ def _spread(positions: Sequence[float], *, gap: float, low: float, high: float) 
         for following, current in pairwise(order[::-1]):
             placed[current] = min(placed[current], placed[following] - gap)
     return [max(low, at) for at in placed]
+
+
+def _beside(anchors: Sequence[tuple[float, float]], widths: Sequence[float], right: float) -> list[tuple[float, float]]:
+    """Where names stand so that they cover no point and no other name: left edge and middle of each.
+
+    Each takes the best of eight places around its point, counting what it would cover; the first of equals wins.
+    """
+    half = 7.0
+    taken = [(x - half, y - half, x + half, y + half) for x, y in anchors]
+    placed = []
+    for (x, y), width in zip(anchors, widths, strict=True):
+        beside = [(x + 10, y - 9), (x + 10, y + 10), (x - 10 - width, y - 9), (x - 10 - width, y + 10)]
+        around = [(x - width / 2, y - 17), (x - width / 2, y + 18), (x + 14, y), (x - 14 - width, y)]
+        best = min(beside + around, key=lambda at: _covered(at, width, taken, right))
+        placed.append(best)
+        taken.append((best[0], best[1] - half, best[0] + width, best[1] + half))
+    return placed
+
+
+def _covered(
+    at: tuple[float, float], width: float, taken: Sequence[tuple[float, float, float, float]], right: float
+) -> float:
+    """Area in square pixels that a name would share with others or lose beyond the edge."""
+    x1, y1, x2, y2 = at[0], at[1] - 7, at[0] + width, at[1] + 7
+    shared = (max(0.0, min(x2, b[2]) - max(x1, b[0])) * max(0.0, min(y2, b[3]) - max(y1, b[1])) for b in taken)
+    outside = max(0.0, 62 - x1) + max(0.0, x2 - right)
+    return sum(shared) + 14 * outside
 
 
 def _told(interval: Interval) -> str:

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,9 @@ stages:
     scorers: [film-reviews]
     show: 3
 """
+
+
+versions = cache(library_versions)  # reading every package's metadata takes longer than all the rest
 
 
 @dataclass
@@ -123,7 +127,7 @@ def manifest(
         inputs={parent: prints[parent] for parent in parents},
         settings=settings,
         seed=0,
-        versions=library_versions(),
+        versions=versions(),
         hardware=hardware(),
         wall_seconds=60 * minutes,
         peak_memory_bytes=1_340_000_000,

@@ -103,3 +103,17 @@ def test_shapes_tell_series_apart_without_colour() -> None:
         if "mark" in e.get("class", "").split()
     }
     assert len(shapes) == 5
+
+
+@pytest.mark.parametrize("crowd", [2, 4])
+def test_scatter_names_cover_neither_points_nor_each_other(crowd: int) -> None:
+    near = [Interval(4.0 + 0.1 * i, 3.9, 4.6, 9) for i in range(crowd)]
+    corner = Interval(9.0, 8.0, 9.1, 9)
+    points = [Point(f"method-{i}", at, at) for i, at in enumerate(near)] + [Point("at-the-edge", corner, corner)]
+    svg = scatter_plot(points, title="t", x_label="x", y_label="y", baseline=None)
+    names = elements(svg, "text", "value")
+    boxes = [(float(e.get("x", 0)), float(e.get("y", 0)), 7.6 * len(e.text or "")) for e in names]
+    for i, (x, y, w) in enumerate(boxes):
+        assert 0 <= x <= x + w <= 480
+        for x2, y2, w2 in boxes[i + 1 :]:
+            assert x + w <= x2 or x2 + w2 <= x or abs(y - y2) >= 11
