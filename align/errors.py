@@ -6,7 +6,7 @@ escapes is a bug of align and keeps its traceback.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 EXIT_DONE = 0
 EXIT_PREEMPTED = 75
@@ -33,7 +33,7 @@ class AlignError(Exception):
         text = f"{self.where}: {self.message}" if self.where else self.message
         return f"{text}\n  fix: {self.fix}" if self.fix else text
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self), self.message, self.where, self.fix)
 
 

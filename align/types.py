@@ -8,8 +8,10 @@ spread.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -144,7 +146,7 @@ def example_metrics(values: dict[str, Tensor]) -> dict[str, Term]:
     return {name: Term(v.detach().float(), torch.ones_like(v, dtype=torch.float32)) for name, v in values.items()}
 
 
-def map_logps(batch, function):
+def map_logps(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
     """Apply `function` to every tensor of a (nested) logps dataclass and build it anew."""
     if isinstance(batch, Tensor):
         return function(batch)

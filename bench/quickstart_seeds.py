@@ -41,7 +41,7 @@ def main() -> int:
         gold = {}
         for shuffled in (False, True):
             result = align.run(RECIPE, overrides(seed, shuffled))
-            candidates = result.results()["candidates"]
+            candidates = result.results()["comparison"]["candidates"]
             gold |= {f"{name} shuffled" if shuffled else name: c["gold"] for name, c in candidates.items()}
         cells = [f"{g['mean']:.3f} [{g['low']:.3f}, {g['high']:.3f}]" for g in (gold[k] for k in
                  ("base", "sft", "dpo", "dpo shuffled"))]  # fmt: skip

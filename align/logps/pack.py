@@ -8,7 +8,7 @@ trained tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -46,8 +46,18 @@ class Pack:
         return self.input_ids.numel()
 
     def to(self, device: torch.device) -> Pack:
-        moved = (t.to(device, non_blocking=True) for t in (self.input_ids, self.positions, self.targets, self.owner))
-        return Pack(*moved, completions=self.completions, examples=self.examples)
+        """The same pack on another device."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        return replace(
+            self,
+            input_ids=move(self.input_ids),
+            positions=move(self.positions),
+            targets=move(self.targets),
+            owner=move(self.owner),
+        )
 
     def sum_by_completion(self, values: Tensor) -> Logps:
         """Sum [N] log-probabilities of trained tokens to [C] totals and lengths, in fp32."""
@@ -100,7 +110,9 @@ def _lay_out(examples: Sequence[Example], group: list[int]) -> Pack:
     rows = [(examples[i], c) for i in group for c in examples[i].completions]
     width = max(_row_length(e, c) for e, c in rows)
     input_ids = torch.full((len(rows), width), PAD_ID)
-    positions, targets, owner = [], [], []
+    positions: list[int] = []
+    targets: list[int] = []
+    owner: list[int] = []
     for r, (example, completion) in enumerate(rows):
         ids = example.prompt_ids + completion.ids
         input_ids[r, : len(ids)] = torch.tensor(ids)

@@ -101,7 +101,7 @@ class AlignTrainer(Trainer):
         self.resumed_from_step = 0
         self.final_state: dict[str, Tensor] = {}
         """The trained tensors the stage ends with, whole, once `fit` has returned."""
-        self.references: dict[str, list[Reference]] = {}
+        self.references: dict[str, Sequence[Reference]] = {}
         self.stop_request = StopRequest()
         self._gradients = FiniteGradients(p for p in model.parameters() if p.requires_grad)
         self._metrics = Totals()
@@ -200,10 +200,11 @@ class AlignTrainer(Trainer):
         rounds, weights = self._agree(packs, examples)
         world, device = collectives.world_size(), self.args.device
         engine = self.model_wrapped if self.is_deepspeed_enabled else None
+        no_sync: Any = getattr(model, "no_sync", contextlib.nullcontext)
         loss_sum = torch.zeros((), device=device)
         for i in range(rounds):
             last = i == rounds - 1
-            with contextlib.nullcontext() if last or world == 1 or engine else model.no_sync():
+            with contextlib.nullcontext() if last or engine else no_sync():
                 if i < len(packs):
                     output = self.step.terms(model, packs[i].to(device), examples, references)
                     loss = scaled_loss(output, weights)
@@ -263,7 +264,8 @@ class AlignTrainer(Trainer):
         references = self.references["validation"][rank::world] if self.reference_role else None
         packs = self.step.packs(examples)
         rounds = int(collectives.gather_rows([len(packs)], self.args.device).max())
-        terms, metrics, coefficients = Totals(), Totals(), {}
+        terms, metrics = Totals(), Totals()
+        coefficients: dict[str, float] = {}
         for i in range(rounds):
             if i < len(packs):
                 output = self.step.terms(model, packs[i].to(self.args.device), examples, references)
@@ -279,7 +281,7 @@ class AlignTrainer(Trainer):
         logs = {"eval_loss": sum(coefficient[name] * mean for name, mean in means.items())}
         logs |= {f"eval_{name}": mean for name, mean in pooled_means(part for _, part, _ in seen).items()}
         self.log(logs)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)  # type: ignore[has-type]
         return logs
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:

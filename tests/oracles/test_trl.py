@@ -1,123 +1,17 @@
-"""Our losses and gradients against TRL's own trainers, on the same token ids and the same two models."""
-
 from __future__ import annotations
 
 import pytest
-import torch
-from align.data.chat import Completion, Example
-from datasets import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from align.logps import completion_logps
-from align.methods import get_method
-from align.models import train_tokenizer
-from align.spec.model import TokenizerSettings
-from align.training.step import Step, scaled_loss
-from tests.methods.batches import config_of
+from tests.oracles.trl_oracle import assert_pairs_equal_trl, assert_sft_equals_trl
 
-trl = pytest.importorskip("trl")
-
-PAIRS = [
-    {"prompt": "Tell me about the sea. ", "chosen": "It is wide and blue.", "rejected": "no"},
-    {"prompt": "And the hills? ", "chosen": "Green.", "rejected": "The hills are not far from here, they say."},
-    {"prompt": "Sing ", "chosen": "a song of the road", "rejected": "a song"},
-]
+ONE_PACK, MANY_PACKS = 10_000, 40
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    texts = [" ".join(p.values()) for p in PAIRS] * 4
-    return train_tokenizer(texts, TokenizerSettings(vocab_size=300))
+@pytest.mark.parametrize("pack_tokens", [ONE_PACK, MANY_PACKS])
+def test_dpo(tmp_path, pack_tokens):
+    assert_pairs_equal_trl(tmp_path, "dpo", "sigmoid", {"beta": 0.3}, pack_tokens)
 
 
-def tiny(tokenizer, seed: int) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        initializer_range=0.2, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).float()
-
-
-def ours(kind: str, policy, reference, examples, pack_tokens: int, **settings):
-    """Loss and gradients through packs, terms and the exact reduction."""
-    method = get_method(kind)
-    step = Step(method, config_of(method, **settings), pack_tokens)
-    call = lambda model: lambda role, function, *args: function(model, *args)  # noqa: E731
-    call_reference = call(reference)
-    references = None
-    if method.reference:
-        wrapped = type(
-            "Roles", (), {"parameters": reference.parameters, "__call__": lambda s, *a: call_reference(*a)}
-        )()
-        references = completion_logps(wrapped, "reference", examples, pack_tokens)
-    packs = step.packs(examples)
-    weights = step.weights(examples, packs)
-    policy.zero_grad()
-    loss = 0.0
-    for pack in packs:
-        share = scaled_loss(step.terms(call(policy), pack, examples, references), weights)
-        share.backward()
-        loss += share.item()
-    return loss, torch.cat([p.grad.flatten() for p in policy.parameters()]), len(packs)
-
-
-def arguments(cls, tmp_path, **extra):
-    return cls(
-        output_dir=str(tmp_path), use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none",
-        per_device_train_batch_size=len(PAIRS), max_length=None, disable_tqdm=True, **extra,
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("pack_tokens", [10_000, 40])
-@pytest.mark.parametrize(
-    ("kind", "loss_type", "settings"),
-    [("dpo", "sigmoid", {"beta": 0.3}), ("ipo", "ipo", {"tau": 0.3})],
-)
-def test_preference_losses(tokenizer, tmp_path, kind, loss_type, settings, pack_tokens):
-    policy, reference = tiny(tokenizer, 0), tiny(tokenizer, 1)
-    args = arguments(trl.DPOConfig, tmp_path, loss_type=loss_type, beta=next(iter(settings.values())))
-    trainer = trl.DPOTrainer(
-        model=policy, ref_model=reference, args=args, train_dataset=Dataset.from_list(PAIRS), processing_class=tokenizer
-    )
-    rows = list(trainer.train_dataset)
-    completion = lambda ids: Completion(list(ids), [True] * len(ids), False)  # noqa: E731
-    examples = [
-        Example(i, list(r["prompt_ids"]), (completion(r["chosen_ids"]), completion(r["rejected_ids"])), 1.0)
-        for i, r in enumerate(rows)
-    ]
-    policy.eval()
-    expected = trainer.compute_loss(policy, trainer.data_collator(rows))
-    policy.zero_grad()
-    expected.backward()
-    gradient = torch.cat([p.grad.flatten() for p in policy.parameters()])
-    loss, own, packs = ours(kind, policy, reference, examples, pack_tokens, **settings)
-    assert packs > 1 or pack_tokens > 1000
-    assert loss == pytest.approx(expected.item(), abs=1e-5)
-    assert (own - gradient).norm() / gradient.norm() < 1e-4
-
-
-@pytest.mark.parametrize("pack_tokens", [10_000, 40])
-def test_sft_loss(tokenizer, tmp_path, pack_tokens):
-    policy = tiny(tokenizer, 0)
-    data = [{"prompt": p["prompt"], "completion": p["chosen"]} for p in PAIRS]
-    trainer = trl.SFTTrainer(
-        model=policy, args=arguments(trl.SFTConfig, tmp_path), train_dataset=Dataset.from_list(data),
-        processing_class=tokenizer,
-    )  # fmt: skip
-    rows = list(trainer.train_dataset)
-    examples = []
-    for i, row in enumerate(rows):
-        start = next(t for t, label in enumerate(row["labels"]) if label != -100)
-        ids = list(row["input_ids"])
-        completion = Completion(ids[start:], [True] * (len(ids) - start), False)
-        examples.append(Example(i, ids[:start], (completion,), 1.0))
-    policy.eval()
-    batch = trainer.data_collator(rows)
-    expected = trainer.compute_loss(policy, batch)
-    policy.zero_grad()
-    expected.backward()
-    gradient = torch.cat([p.grad.flatten() for p in policy.parameters()])
-    loss, own, _ = ours("sft", policy, None, examples, pack_tokens)
-    assert loss == pytest.approx(expected.item(), abs=1e-5)
-    assert (own - gradient).norm() / gradient.norm() < 1e-4
+@pytest.mark.parametrize("pack_tokens", [ONE_PACK, MANY_PACKS])
+def test_sft(tmp_path, pack_tokens):
+    assert_sft_equals_trl(tmp_path, pack_tokens)

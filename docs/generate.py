@@ -1,0 +1,101 @@
+"""Writes the method pages from docstrings and settings: `python docs/generate.py`. A test keeps them current."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from align.methods import Method, all_methods
+from align.spec.stages import PolicyStage, TrainedStage
+
+PAGES = Path(__file__).parent / "methods"
+
+
+def page(method: Method) -> str:
+    """One method as Markdown: what it is, its equation and source, its settings."""
+    module = sys.modules[method.loss.__module__]
+    title, _, rest = (module.__doc__ or "").strip().partition("\n")
+    own = [n for n in method.config.model_fields if n not in {*PolicyStage.model_fields, *TrainedStage.model_fields}]
+    shared = [n for n in method.config.model_fields if n not in own]
+    lines = [
+        f"# `{method.kind}`",
+        "",
+        title,
+        "",
+        _prose(rest),
+        "",
+        f"Batch: {method.batch.value}. Reference: {'required' if method.reference else 'none'}. Source: {method.source}.",
+        "",
+        "## Settings of its own",
+        "",
+        *_table(method, [n for n in own if n != "kind"]),
+        "",
+        "## Settings shared with other methods",
+        "",
+        *_table(method, shared),
+        "",
+        "## Loss",
+        "",
+        "```text",
+        inspect.getdoc(method.loss) or "",
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _prose(text: str) -> str:
+    """A module docstring's body: indented lines are equations."""
+    out = []
+    for line in text.strip("\n").split("\n"):
+        out.append(f"    {line.strip()}" if line.startswith("    ") else line)
+    return "\n".join(out).strip("\n")
+
+
+def _table(method: Method, names: list[str]) -> list[str]:
+    rows = ["| setting | type | default | meaning |", "| --- | --- | --- | --- |"]
+    for name in names:
+        field = method.config.model_fields[name]
+        rows.append(f"| `{name}` | {_type(field.annotation)} | {_default(field)} | {_cell(field.description)} |")
+    return rows
+
+
+def _type(annotation: Any) -> str:
+    text = inspect.formatannotation(annotation)
+    text = re.sub(r"\b(?:align|typing|annotated_types)(?:\.\w+)*\.(\w+)", r"\1", text)
+    text = re.sub(r"Annotated\[(\w+), [^\]]*\]", r"\1", text)
+    text = re.sub(r"Union\[([^\]]*)\]", lambda m: m[1].replace(", ", " | "), text)
+    return f"`{_cell(text)}`"
+
+
+def _default(field: Any) -> str:
+    if field.is_required():
+        return "required"
+    default = field.default
+    return "its own defaults" if isinstance(default, BaseModel) else f"`{default}`"
+
+
+def _cell(text: str | None) -> str:
+    return " ".join((text or "").split()).replace("|", "\\|")
+
+
+def pages() -> dict[str, str]:
+    """File name -> content, for every method of this package."""
+    own = {k: m for k, m in all_methods().items() if m.loss.__module__.startswith("align.")}
+    index = ["# Methods", "", "| kind | batch | reference | what it is |", "| --- | --- | --- | --- |"]
+    index += [
+        f"| [`{k}`]({k}.md) | {m.batch.value} | {'yes' if m.reference else 'no'} | {_cell(m.summary)} |"
+        for k, m in own.items()
+    ]
+    return {f"{k}.md": page(m) for k, m in own.items()} | {"README.md": "\n".join([*index, ""])}
+
+
+if __name__ == "__main__":
+    PAGES.mkdir(exist_ok=True)
+    for name, content in pages().items():
+        (PAGES / name).write_text(content)
