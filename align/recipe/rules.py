@@ -1,0 +1,185 @@
+"""Combinations of settings that cannot work, in one table: each with the reason and what to do instead.
+
+What is not here works: a LoRA adapter on a base in fp32, int8 or NF4, and a model trained in full, each with no
+DeepSpeed, ZeRO-1, 2 and 3, give on two ranks the losses and weights of one process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+from align.errors import RecipeError
+from align.methods import get_method
+from align.methods.pretrain import Pretrain
+from align.recipe.graph import Graph, Node
+from align.recipe.lineage import model_loc
+from align.recipe.load import LoadedRecipe
+from align.recipe.origins import Loc
+from align.recipe.sources import base_folder
+from align.recipe.validate import combine
+from align.spec.model import Architecture, LoraSettings
+from align.spec.stages import TrainedStage
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One combination.
+
+    Attributes:
+        id: Its name.
+        fields: The settings that clash, as attributes of a `Node`; the first is where the error points.
+        when: The values that clash, for a reader of the table.
+        applies: Whether a stage has them.
+        why: Why that cannot work.
+        fix: What to do instead.
+    """
+
+    id: str
+    fields: tuple[str, ...]
+    when: str
+    applies: Callable[[Node], bool]
+    why: str
+    fix: str
+
+
+def _quantised_in_full(node: Node) -> bool:
+    return node.model is not None and node.model.adapter == "none" and node.model.quantization != "none"
+
+
+def _dropout_with_reference(node: Node) -> bool:
+    adapter = node.model.adapter if node.model is not None else None
+    return isinstance(adapter, LoraSettings) and adapter.dropout > 0 and get_method(_kind(node)).reference
+
+
+def _merged_by_one_rank(node: Node) -> bool:
+    model = node.model
+    return (
+        model is not None and model.merge_parent and model.quantization == "none" and node.launch.deepspeed == "zero3"
+    )
+
+
+def _new_in_parts(node: Node) -> bool:
+    return isinstance(node.stage, Pretrain) and node.launch.deepspeed == "zero3"
+
+
+def _heads(node: Node) -> bool:
+    a: Architecture | None = getattr(node.stage, "architecture", None)
+    if a is None:
+        return False
+    return bool(a.hidden_size % (2 * a.heads) or a.heads % (a.kv_heads or a.heads))
+
+
+RULES: tuple[Rule, ...] = (
+    Rule(
+        "quantised-full",
+        ("model.quantization", "model.adapter"),
+        "`quantization: int8` or `nf4` with `adapter: none`",
+        _quantised_in_full,
+        "quantised weights are integers without gradients: they cannot be trained",
+        "write quantization: none, or give an adapter ({kind: lora})",
+    ),
+    Rule(
+        "dropout-reference",
+        ("model.adapter.dropout", "stage.reference"),
+        "LoRA `dropout` above 0 with a method that has a `reference`",
+        _dropout_with_reference,
+        "the reference runs without dropout, so policy and reference would differ from the first step on, by noise",
+        "write dropout: 0 in this stage's `model.adapter`",
+    ),
+    Rule(
+        "merge-zero3",
+        ("launch.deepspeed", "model.merge_parent", "model.quantization"),
+        "`deepspeed: zero3` with `merge_parent: true` on an unquantised base",
+        _merged_by_one_rank,
+        "one rank merges alone, and under ZeRO-3 all ranks have to load such a base together: it would wait for ever",
+        "write deepspeed: zero2 for this stage",
+    ),
+    Rule(
+        "pretrain-zero3",
+        ("launch.deepspeed", "stage.kind"),
+        "`deepspeed: zero3` with `kind: pretrain`",
+        _new_in_parts,
+        "weights that are drawn in parts on several ranks are not those that the seed gives anywhere else",
+        "write deepspeed: zero2 for this stage",
+    ),
+    Rule(
+        "heads",
+        ("stage.architecture.heads", "stage.architecture.hidden_size", "stage.architecture.kv_heads"),
+        "`heads` that do not divide `hidden_size` into even parts, or `kv_heads` that do not divide `heads`",
+        _heads,
+        "all heads have the same width, an even one (rotary positions turn pairs), and share key-value heads evenly",
+        "choose hidden_size as a multiple of 2 x heads, and kv_heads as a divisor of heads",
+    ),
+)
+
+
+def check_rules(graph: Graph) -> None:
+    """Refuse a recipe with a combination that cannot work, or a base that no stage could load.
+
+    Raises:
+        RecipeError: Telling every such place with its values, the reason and the fix.
+    """
+    errors = [_error(rule, node, graph.loaded) for node in graph.nodes.values() for rule in RULES if rule.applies(node)]
+    errors += _empty_bases(graph)
+    if errors:
+        raise combine(errors)
+
+
+def rules_table() -> str:
+    """The table as Markdown, for the documentation."""
+    rows = [f"| {rule.when} | {rule.why} | {rule.fix} |" for rule in RULES]
+    return "\n".join(["| What clashes | Why it cannot work | Instead |", "|---|---|---|", *rows]) + "\n"
+
+
+def _error(rule: Rule, node: Node, loaded: LoadedRecipe) -> RecipeError:
+    values = [f"{field.split('.')[-1]} {_shown(reduce(getattr, field.split('.'), node))}" for field in rule.fields]
+    return RecipeError(
+        f"stage `{node.name}` has {' with '.join(values)}: {rule.why}",
+        where=loaded.where(*_loc(rule.fields[0], node, loaded)),
+        fix=rule.fix,
+    )
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, LoraSettings):
+        return value.kind
+    return {None: "unset", True: "true", False: "false"}.get(value, str(value))
+
+
+def _loc(field: str, node: Node, loaded: LoadedRecipe) -> Loc:
+    part, *inside = field.split(".")
+    if part == "model":
+        return model_loc(loaded, node.name, *inside)
+    if part == "launch":
+        own = getattr(node.stage, "launch", None) is not None
+        return ("stages", node.name, "launch", *inside) if own else ("launch", *inside)
+    return ("stages", node.name, *inside)
+
+
+def _kind(node: Node) -> str:
+    assert isinstance(node.stage, TrainedStage)
+    return str(type(node.stage).model_fields["kind"].default)
+
+
+def _empty_bases(graph: Graph) -> Iterator[RecipeError]:
+    """Folders named as a base that hold no model in safetensors."""
+    for node in graph.nodes.values():
+        if node.model is None or node.model.base in graph.nodes:
+            continue
+        folder = base_folder(node.model.base, graph.loaded.folder)
+        if folder is None:
+            continue
+        missing = [
+            name
+            for name, glob in (("config.json", "config.json"), ("weights", "*.safetensors"))
+            if not any(folder.glob(glob))
+        ]
+        if missing:
+            yield RecipeError(
+                f"the folder {node.model.base} holds no {' and no '.join(missing)}",
+                where=graph.loaded.where(*model_loc(graph.loaded, node.name, "base")),
+                fix="give a folder written by save_pretrained, with its weights as .safetensors",
+            )

@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from align.errors import RecipeError
+from align.recipe.rules import RULES, check_rules, rules_table
+from tests.recipe.conftest import Check
+
+RECIPE = """
+name: rules
+model:
+  base: base
+  quantization: nf4
+  adapter: {kind: lora, rank: 4, alpha: 8}
+data:
+  texts: {path: rows.jsonl, format: text}
+  talks: {path: rows.jsonl, format: alpaca}
+  pairs: {path: pairs.jsonl, format: pairs}
+stages:
+  base: {kind: pretrain, data: texts}
+  sft: {kind: sft, data: talks}
+  dpo: {kind: dpo, policy: sft, reference: sft, data: pairs}
+launch: {processes: 2}
+"""
+
+BROKEN = {
+    "quantised-full": (
+        ["model.adapter=none"],
+        "recipe.yaml:5: model.quantization",
+        "stage `sft` has quantization nf4 with adapter none",
+    ),
+    "dropout-reference": (
+        ["model.adapter.dropout=0.1"],
+        "--set model.adapter.dropout=0.1",
+        "stage `dpo` has dropout 0.1 with reference sft",
+    ),
+    "merge-zero3": (
+        [
+            "model.quantization=none",
+            "stages.dpo.model.merge_parent=true",
+            "stages.dpo.launch={deepspeed: zero3, processes: 2}",
+        ],
+        "--set stages.dpo.launch=",
+        "stage `dpo` has deepspeed zero3 with merge_parent true with quantization none",
+    ),
+    "pretrain-zero3": (
+        ["launch.deepspeed=zero3"],
+        "--set launch.deepspeed=zero3",
+        "stage `base` has deepspeed zero3 with kind pretrain",
+    ),
+    "heads": (
+        ["stages.base.architecture={heads: 3}"],
+        "--set stages.base.architecture=",
+        "stage `base` has heads 3 with hidden_size 128 with kv_heads unset",
+    ),
+}
+
+
+def ids_that_apply(check: Check, *overrides: str) -> list[str]:
+    graph = check(RECIPE, *overrides)
+    return [rule.id for rule in RULES if any(rule.applies(node) for node in graph.nodes.values())]
+
+
+def test_a_sound_recipe_passes(check: Check) -> None:
+    check_rules(check(RECIPE))
+
+
+def test_every_rule_is_shown_to_apply() -> None:
+    assert set(BROKEN) == {rule.id for rule in RULES}
+
+
+@pytest.mark.parametrize("rule", BROKEN)
+def test_a_combination_is_refused_with_its_place_values_and_fix(check: Check, rule: str) -> None:
+    overrides, where, message = BROKEN[rule]
+    with pytest.raises(RecipeError) as caught:
+        check_rules(check(RECIPE, *overrides))
+    assert ids_that_apply(check, *overrides) == [rule]
+    told = str(caught.value)
+    assert where in told
+    assert message in told
+    assert next(each for each in RULES if each.id == rule).fix in told
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["launch.deepspeed=zero2"],
+        ["stages.dpo.launch={deepspeed: zero3, processes: 2}"],
+        ["stages.dpo.launch={deepspeed: zero3, processes: 2}", "model.quantization=int8"],
+        ["stages.dpo.model={merge_parent: true}", "stages.dpo.launch={deepspeed: zero3, processes: 2}"],
+        ["stages.dpo.model={merge_parent: true}", "model.quantization=none"],
+        ["model.adapter=none", "model.quantization=none"],
+        ["stages.sft.model={adapter: {kind: lora, rank: 4, alpha: 8, dropout: 0.1}}"],
+        ["stages.base.architecture={heads: 8, kv_heads: 2}"],
+    ],
+    ids=" ".join,
+)
+def test_neighbours_of_the_rules_pass(check: Check, overrides: list[str]) -> None:
+    check_rules(check(RECIPE, *overrides))
+
+
+@pytest.mark.parametrize("architecture", ["hidden_size: 100, heads: 4, kv_heads: 3", "hidden_size: 20, heads: 4"])
+def test_heads_that_do_not_fit_are_refused_because_transformers_would_fail(check: Check, architecture: str) -> None:
+    with pytest.raises(RecipeError, match="multiple of 2 x heads"):
+        check_rules(check(RECIPE, f"stages.base.architecture={{{architecture}}}"))
+
+
+def test_all_clashes_are_told_at_once(check: Check) -> None:
+    with pytest.raises(RecipeError) as caught:
+        check_rules(check(RECIPE, "launch.deepspeed=zero3", "model.adapter.dropout=0.2"))
+    assert "kind pretrain" in str(caught.value)
+    assert "dropout 0.2" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("files", "missing"),
+    [
+        ([], "config.json and no weights"),
+        (["config.json", "pytorch_model.bin"], "no weights"),
+        (["model.safetensors"], "no config.json"),
+    ],
+)
+def test_a_folder_without_a_model_is_no_base(check: Check, tmp_path: Path, files: list[str], missing: str) -> None:
+    (tmp_path / "llm").mkdir()
+    for name in files:
+        (tmp_path / "llm" / name).write_text(json.dumps({}))
+    with pytest.raises(RecipeError, match=missing) as caught:
+        check_rules(check(RECIPE, "model.base=llm"))
+    assert "--set model.base=llm" in str(caught.value)
+
+
+def test_the_table_has_every_rule() -> None:
+    lines = rules_table().splitlines()
+    assert len(lines) == len(RULES) + 2
+    assert all(line.count("|") == 4 for line in lines)
