@@ -29,7 +29,7 @@ def page(method: Method) -> str:
         "",
         _prose(rest),
         "",
-        f"Batch: {method.batch.value}. Reference: {'required' if method.reference else 'none'}. Source: {method.source}.",
+        f"Batch: {method.batch.value}. Reference: {'yes' if method.reference else 'no'}. Source: {method.source}.",
         "",
         "## Settings of its own",
         "",
