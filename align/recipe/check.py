@@ -7,9 +7,9 @@ import re
 from collections.abc import Iterator
 
 from align.errors import RecipeError
-from align.recipe.document import Loc
-from align.recipe.lineage import declared_model, model_loc
+from align.recipe.lineage import declared_model, model_loc, trains_base
 from align.recipe.load import LoadedRecipe
+from align.recipe.origins import Loc
 from align.recipe.references import Reference, references
 from align.recipe.shape import either
 from align.recipe.sources import base_folder
@@ -17,7 +17,7 @@ from align.recipe.suggest import did_you_mean, nearest
 from align.spec.base import DataRef, HubAdapter, StageRef
 from align.spec.data import RECORDS_OF_FORMAT
 from align.spec.model import LoraSettings, ModelSettings
-from align.spec.stages import CompareStage, PolicyStage, Stage, TrainedStage
+from align.spec.stages import CompareStage, PolicyStage, TrainedStage
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 RESERVED = ("logs",)
@@ -37,6 +37,7 @@ def check_names(loaded: LoadedRecipe) -> Iterator[RecipeError]:
 class _Check:
     def __init__(self, loaded: LoadedRecipe) -> None:
         self.loaded, self.stages, self.data = loaded, loaded.stages, loaded.recipe.data
+        self.bases = [name for name in self.stages if trains_base(loaded, name)]
         self.meant: set[str] = set()
         """Data entries that some stage names, or seems to mean."""
 
@@ -115,11 +116,11 @@ class _Check:
             return
         model = declared_model(self.loaded, name, stage)
         if model is None:
-            full = [each for each, other in self.stages.items() if _trains_a_base(other)]
+            base = self.bases[0] if self.bases else "Qwen/Qwen3-0.6B"
             yield self._error(
                 ("stages", name),
                 f"stage `{name}` trains a model, and the recipe names none",
-                f"add `model: {{base: {full[0] if full else 'Qwen/Qwen3-0.6B'}}}` at the top of the recipe",
+                f"add `model: {{base: {base}}}` at the top of the recipe",
             )
             return
         yield from self._base(name, model.base)
@@ -129,7 +130,6 @@ class _Check:
                 f"`revision` is ignored: `{model.base}` is not on the Hub",
                 "remove it",
             )
-
         if isinstance(stage.policy, HubAdapter):
             yield from self._adapter(name, stage.policy.adapter, model)
 
@@ -160,32 +160,26 @@ class _Check:
 
     def _base(self, name: str, base: str) -> Iterator[RecipeError]:
         loc = model_loc(self.loaded, name, "base")
-        full = [each for each, stage in self.stages.items() if self._yields_a_base(each, stage) and each != name]
-        if base == name and name in [each for each, stage in self.stages.items() if self._yields_a_base(each, stage)]:
+        others = [each for each in self.bases if each != name]
+        if base == name and name in self.bases:
             yield self._error(
                 loc, f"stage `{name}` cannot be its own base", f"give stage `{name}` a `model.base` of its own"
             )
+        elif base in self.stages and base not in self.bases:
+            adapter = isinstance(self.stages[base], TrainedStage)
+            why = "trains an adapter" if adapter else "trains nothing"
+            known = ", ".join(others) or "a Hub model"
+            fix = f"write `policy: {base}` in the stages that go on from it" if adapter else f"one of: {known}"
+            yield self._error(loc, f"`{base}` {why}, it is no base", fix)
         elif base in self.stages:
-            if base not in full:
-                why = "trains an adapter" if isinstance(self.stages[base], TrainedStage) else "trains nothing"
-                yield self._error(
-                    loc, f"`{base}` {why}, it is no base", f"write `policy: {base}` in the stages that go on from it"
-                )
+            return
         elif base_folder(base, self.loaded.folder) is None:
             if looks_like_path(base):
                 yield self._error(loc, f"there is no folder {base}", f"paths start at {self.loaded.path.parent}/")
-            elif "/" not in base and nearest(base, full):
+            elif "/" not in base and nearest(base, others):
                 yield self._error(
-                    loc, f"`{base}` is no stage and no folder{did_you_mean(base, full)}", "name one, or a Hub model"
+                    loc, f"`{base}` is no stage and no folder{did_you_mean(base, others)}", "name one, or a Hub model"
                 )
-
-    def _yields_a_base(self, name: str, stage: Stage) -> bool:
-        if _trains_a_base(stage):
-            return True
-        if not isinstance(stage, PolicyStage):
-            return False
-        model = declared_model(self.loaded, name, stage)
-        return model is not None and model.adapter == "none"
 
     def unused(self) -> Iterator[RecipeError]:
         for name in self.data:
@@ -203,7 +197,3 @@ class _Check:
 def looks_like_path(name: str) -> bool:
     """Whether a name can be a folder's only: the Hub knows `model` and `owner/model`."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1
-
-
-def _trains_a_base(stage: Stage) -> bool:
-    return isinstance(stage, TrainedStage) and not isinstance(stage, PolicyStage)

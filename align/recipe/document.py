@@ -15,11 +15,10 @@ from typing import Any
 import yaml
 
 from align.errors import RecipeError
-
-Loc = tuple[str | int, ...]
-"""Where a value stands: keys and list positions from the top."""
+from align.recipe.origins import Loc
 
 MAX_BYTES = 1_000_000
+MAX_DEPTH = 50
 MAX_VALUES = 20_000
 """Values of one document after its aliases are expanded: far above any recipe, far below a bomb."""
 
@@ -43,6 +42,13 @@ class _Dumper(yaml.SafeDumper):
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
+
+    def represent_text(self, text: str) -> yaml.Node:
+        # The line breaks of Unicode survive in double quotes only.
+        return self.represent_scalar(_TAG + "str", text, style='"' if re.search("[\x85\u2028\u2029]", text) else None)
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
 
 
 _Loader.yaml_implicit_resolvers = {}  # forget what YAML 1.1 takes for numbers, dates and booleans
@@ -110,54 +116,6 @@ def dump(data: Any) -> str:
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
-@dataclass(frozen=True)
-class Origins:
-    """Where every value of a recipe was written.
-
-    Attributes:
-        name: The file, as the user called it.
-        lines: Line of every key and list item of the file.
-        overrides: The `--set` argument that wrote a value, by its place.
-    """
-
-    name: str
-    lines: dict[Loc, int]
-    overrides: dict[Loc, str] = field(default_factory=dict)
-
-    def line(self, loc: Loc) -> int:
-        """The line of a key, or of the nearest one around it."""
-        return next((self.lines[loc[:n]] for n in range(len(loc), 0, -1) if loc[:n] in self.lines), 1)
-
-    def where(self, loc: Loc) -> str:
-        """``file:line: stages.dpo.beta``, or ``--set stages.dpo.beta=x`` where an override wrote it."""
-        for n in range(len(loc), 0, -1):
-            if loc[:n] in self.overrides:
-                text = self.overrides[loc[:n]]
-                return text if n == len(loc) else f"{text}: {dotted(loc)}"
-            if loc[:n] in self.lines:
-                break
-        if loc and not any(known[: len(loc)] == loc for known in self.lines):
-            for made, text in self.overrides.items():  # a mapping that an override made on its way
-                if made[: len(loc)] == loc:
-                    return text
-        return f"{self.name}:{self.line(loc)}" + (f": {dotted(loc)}" if loc else "")
-
-    def knows(self, loc: Loc) -> bool:
-        """Whether this place is written in the recipe or an override."""
-        return any(known[: len(loc)] == loc for table in (self.lines, self.overrides) for known in table)
-
-    def forget(self, loc: Loc) -> None:
-        """Drop what is known about a place and below it."""
-        for table in (self.lines, self.overrides):
-            for known in [known for known in table if known[: len(loc)] == loc]:
-                del table[known]
-
-
-def dotted(loc: Loc) -> str:
-    """The place as `--set` takes it: ``stages.best.candidates.0``."""
-    return ".".join(map(str, loc))
-
-
 @dataclass
 class _Builder:
     """Turns nodes into values and notes the lines."""
@@ -173,6 +131,8 @@ class _Builder:
             raise self.error(node, f"more than {MAX_VALUES} values once aliases are expanded", "write fewer aliases")
         if isinstance(node, yaml.ScalarNode):
             return self.scalar(node)
+        if len(loc) > MAX_DEPTH:
+            raise self.error(node, "nested too deeply", "a recipe has a handful of levels")
         if id(node) in self.open_nodes:
             raise self.error(node, "an alias stands inside the value it refers to", "write the value out")
         self.open_nodes.add(id(node))
@@ -202,6 +162,8 @@ class _Builder:
             if name in own:
                 first = _line(own[name][0])
                 raise self.error(key, f"key `{name}` is given twice (first in line {first})", "remove one of the two")
+            if key.style is None and value.value == "" and re.match(r"\w+:\S", name):
+                raise self.error(key, f"no space after the colon in `{name}`", f"write `{name.replace(':', ': ', 1)}`")
             own[name] = key, value
         for name, (key, value) in own.items():
             if name in merged:

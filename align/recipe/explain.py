@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal, get_origin
 
-from align.recipe.document import Loc, dotted
+from align.recipe.origins import Loc, dotted
 from align.recipe.shape import (
     Model,
     Spot,
@@ -79,7 +79,7 @@ def _explain(spot: Spot, error: Any, data: Any) -> Problem | None:
             return None
     kind, value = error["type"], value_at(data, spot.loc)
     if kind == "extra_forbidden":
-        return _unknown_key(spot, data)
+        return _unknown_key(spot)
     if kind == "missing":
         return _missing(spot)
     if kind in ("union_tag_not_found", "union_tag_invalid"):
@@ -193,11 +193,9 @@ def _no_kind(spot: Spot, error: Any, value: Any) -> Problem:
     return Problem(VALUE, (*spot.loc, key), f"there is no {key} {shown(value[key])}", f"write one of {kinds}")
 
 
-def _unknown_key(spot: Spot, data: Any) -> Problem:
+def _unknown_key(spot: Spot) -> Problem:
     name, model = str(spot.loc[-1]), spot.models[-1][1]
     unknown = f"unknown key `{name}`"
-    if ":" in name and name.partition(":")[0] in model.model_fields:
-        return Problem(SLIP, spot.loc, unknown, f"write `{name.replace(':', ': ', 1)}`, with a space after the colon")
     for field, info in model.model_fields.items():
         if any(name in inner.model_fields for inner in models_in(info.annotation)):
             return Problem(

@@ -12,10 +12,10 @@ from pydantic_core import to_jsonable_python
 
 from align.errors import RecipeError
 from align.recipe.digest import Digests, digest_of
-from align.recipe.document import Loc
 from align.recipe.env import resolve_env
 from align.recipe.lineage import model_loc
 from align.recipe.load import LoadedRecipe
+from align.recipe.origins import Loc
 from align.recipe.references import item_annotation, mark_of
 from align.recipe.shape import annotation_of
 from align.recipe.sources import Sources, base_folder, plugin_version

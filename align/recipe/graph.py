@@ -13,7 +13,7 @@ from align.recipe.check import check_names
 from align.recipe.digest import Digests
 from align.recipe.fingerprint import Fingerprints
 from align.recipe.ignored import check_ignored
-from align.recipe.lineage import Lineage, declared_model
+from align.recipe.lineage import Lineage, declared_model, trains_base
 from align.recipe.load import LoadedRecipe
 from align.recipe.references import references
 from align.recipe.sources import Sources
@@ -133,8 +133,8 @@ def _named(loaded: LoadedRecipe, name: str) -> list[str]:
     marked = [each for each in references(stage) if isinstance(each.mark, StageRef) and each.name in stages]
     named = [each.name for each in marked if each.mark == StageRef(stages[each.name].produces)]
     if isinstance(stage, PolicyStage) and (model := declared_model(loaded, name, stage)) is not None:
-        named.append(model.base)
-    return [each for each in dict.fromkeys(named) if each in stages and each != name]
+        named += [model.base] if model.base in stages and trains_base(loaded, model.base) else []
+    return [each for each in dict.fromkeys(named) if each != name]
 
 
 def _sorted(edges: dict[str, list[str]]) -> tuple[list[str], list[str]]:

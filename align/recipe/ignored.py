@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from align.errors import RecipeError
-from align.recipe.document import Loc
 from align.recipe.load import LoadedRecipe
+from align.recipe.origins import Loc
 from align.spec.base import Settings
 from align.spec.data import DataSettings
 from align.spec.train import TrainSettings

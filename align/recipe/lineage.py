@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from align.errors import RecipeError
-from align.recipe.document import Loc
 from align.recipe.load import LoadedRecipe
+from align.recipe.origins import Loc
 from align.recipe.references import references
 from align.spec.base import HubAdapter, StageRef
 from align.spec.model import LoraSettings, ModelSettings
@@ -189,6 +189,15 @@ def declared_model(loaded: LoadedRecipe, name: str, stage: PolicyStage) -> Model
         stale = {"revision": None} if "base" in own else {}
         return loaded.recipe.model.model_copy(update=stale | own)
     return ModelSettings(**own) if "base" in own else None
+
+
+def trains_base(loaded: LoadedRecipe, name: str) -> bool:
+    """Whether a stage ends with a model of its own, which others can take for their base."""
+    stage = loaded.stages[name]
+    if not isinstance(stage, PolicyStage):
+        return isinstance(stage, TrainedStage)
+    model = declared_model(loaded, name, stage)
+    return model is not None and model.adapter == "none"
 
 
 def model_loc(loaded: LoadedRecipe, name: str, *field: str) -> Loc:

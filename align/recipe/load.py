@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from align.errors import RecipeError
-from align.recipe.document import MAX_BYTES, Origins, parse
+from align.recipe.document import MAX_BYTES, parse
+from align.recipe.origins import Origins
 from align.recipe.overrides import apply_override
 from align.recipe.schema import RecipeBase, recipe_model
 from align.recipe.suggest import did_you_mean

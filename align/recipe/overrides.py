@@ -6,7 +6,8 @@ import re
 from typing import Any
 
 from align.errors import RecipeError
-from align.recipe.document import Loc, Origins, dotted, parse_value
+from align.recipe.document import parse_value
+from align.recipe.origins import Loc, Origins, dotted
 from align.recipe.suggest import did_you_mean
 
 NAMED: tuple[Loc, ...] = (("stages",), ("data",))

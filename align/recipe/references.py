@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from align.recipe.document import Loc
+from align.recipe.origins import Loc
 from align.recipe.shape import alternatives, annotation_of, metadata, strip
 from align.spec.base import DataRef, Registered, Settings, StageRef
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, Tag
 from pydantic.fields import FieldInfo
 
-from align.recipe.document import Loc
+from align.recipe.origins import Loc
 from align.spec.base import DataRef, StageRef
 
 Model = type[BaseModel]

@@ -13,9 +13,9 @@ from pydantic import BaseModel
 
 from align.errors import DataError, LaunchError, RecipeError
 from align.recipe.digest import Digests
-from align.recipe.document import Loc
 from align.recipe.env import is_malformed, resolve_env, variables
 from align.recipe.load import LoadedRecipe
+from align.recipe.origins import Loc
 from align.recipe.references import references
 from align.recipe.suggest import did_you_mean
 from align.recipe.validate import validate

@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from align.errors import RecipeError
-from align.recipe.document import Loc, Origins
 from align.recipe.explain import SLIP, Problem, explain, outline_of, shown, told_apart_by
+from align.recipe.origins import Loc, Origins
 from align.recipe.shape import Spot, locate, models_in, options
 from align.recipe.suggest import distance, nearest
 
@@ -150,7 +150,7 @@ class _Draft:
     def mend(self, slip: Slip) -> Problem:
         """Put the likeliest word in place; among equally near ones, the one that leaves the fewest errors."""
         best = [word for word in slip.words if distance(slip.word, word) == distance(slip.word, slip.words[0])]
-        chosen = min(best, key=lambda word: len(self._with(slip, word).errors())) if len(best) > 1 else best[0]
+        chosen = min(best, key=lambda word: self._with(slip, word).faults()) if len(best) > 1 else best[0]
         mended = self._with(slip, chosen)
         written = slip.loc
         self.data, self.renamed = mended.data, mended.renamed
@@ -159,6 +159,16 @@ class _Draft:
         others = [word for word in slip.words if word != chosen]
         fix = f"write `{chosen}`" + (f" (or {' or '.join(f'`{word}`' for word in others[:3])})" if others else "")
         return Problem(SLIP, loc, f"{what}; did you mean `{chosen}`?", fix)
+
+    def faults(self) -> int:
+        """How many mistakes are left when every slip is mended by its first word."""
+        draft, mended = self, 0
+        while (errors := draft.errors()) and mended < MAX_SLIPS:
+            slip = next((found for each in errors if (found := draft.slip(each))), None)
+            if slip is None:
+                break
+            draft, mended = draft._with(slip, slip.words[0]), mended + 1
+        return len(errors) + mended
 
     def _with(self, slip: Slip, word: str) -> _Draft:
         draft = _Draft(self.model, copy.deepcopy(self.data), dict(self.renamed))

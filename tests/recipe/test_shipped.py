@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from align.recipe import build_graph, load_recipe
+from align.recipe.document import dump
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 shipped = pytest.mark.parametrize(
@@ -21,7 +22,8 @@ def test_the_quickstart_is_shipped() -> None:
 @shipped
 def test_reads_and_writes(path: Path, tmp_path: Path) -> None:
     loaded = load_recipe(path)
-    (tmp_path / path.name).write_text(loaded.to_yaml(), encoding="utf-8")
+    written = dump(loaded.recipe.model_dump(mode="json", exclude_none=True))
+    (tmp_path / path.name).write_text(written, encoding="utf-8")
     assert load_recipe(tmp_path / path.name).recipe == loaded.recipe
 
 
