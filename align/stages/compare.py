@@ -143,7 +143,7 @@ class _Bench:
             length=[len(ids) for ids in answers.ids],
             ended=answers.ended,
         )
-        self._tell(f"{name} compared with {self.settings.baseline}", 1)
+        self._tell(f"{name} measured", 1)
         return answers, measured
 
     def _answers(self, name: str, generation: GenerationSettings) -> Answers:
