@@ -104,6 +104,8 @@ def check(recipe: RecipePath, overrides: Overrides = None) -> None:
 
     checked = Recipe(recipe, overrides or ())
     typer.echo(f"{recipe} is sound: {', '.join(checked.stages)}")
+    for name, reason in checked.graph.unresolved.items():
+        typer.echo(f"not looked up: {name} ({reason})")
 
 
 @app.command()
@@ -113,6 +115,7 @@ def plan(
     tokens: Annotated[bool, typer.Option("--tokens", help="Also count tokens and truncation (slower).")] = False,
 ) -> None:
     """Show what would run, what is reused, and what it takes."""
+    from align.artifacts.store import Store
     from align.runner.api import Recipe
     from align.runner.tables import plan_table, tokens_table
     from align.runner.tokens import count_tokens
@@ -120,7 +123,7 @@ def plan(
     checked, console = Recipe(recipe, overrides or ()), _console()
     console.print(plan_table(checked.plan()))
     if tokens:
-        console.print(tokens_table(count_tokens(checked.graph)))
+        console.print(tokens_table(count_tokens(checked.graph, Store().home)))
 
 
 @app.command()

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 from align.artifacts.store import Artifact, Store
-from align.errors import AlignError, RecipeError
+from align.errors import AlignError, LaunchError, RecipeError
 from align.recipe import Graph, LoadedRecipe, Node, build_graph, load_recipe
 from align.recipe.rules import check_rules
 from align.recipe.suggest import did_you_mean
@@ -88,6 +88,7 @@ def run_recipe(
     store = Store()
     graph = build_graph(loaded, store.home)
     check_rules(graph)
+    _reachable(graph)
     nodes = _selected(graph, until)
     again = _forced(graph, nodes, from_)
     folder = RunFolder.of(loaded.recipe.name)
@@ -105,6 +106,16 @@ def run_recipe(
             raise
         _finish(folder, console)
     return RunResult(results, folder.path)
+
+
+def _reachable(graph: Graph) -> None:
+    if graph.unresolved:
+        names = ", ".join(f"{name} ({reason})" for name, reason in graph.unresolved.items())
+        raise LaunchError(
+            f"neither the Hub nor the local cache could be asked for {names}",
+            where=str(graph.loaded.path),
+            fix="connect to the network, or download it before: hf download NAME",
+        )
 
 
 def _selected(graph: Graph, until: str | None) -> list[Node]:
@@ -163,7 +174,8 @@ class _Run:
     def stage(self, node: Node) -> StageResult:
         """Reuse, resume or run one stage."""
         start = time.monotonic()
-        artifact, state, resumed = self.store.find(node.fingerprint), "reused", 0
+        artifact, resumed = self.store.find(node.fingerprint), 0
+        state: Literal["reused", "resumed", "done"] = "reused"
         if artifact is None:
             with self.store.lock(node.fingerprint, node.name):
                 artifact = self.store.find(node.fingerprint)  # a run elsewhere may have just finished it

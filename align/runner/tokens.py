@@ -21,8 +21,8 @@ def count_tokens(graph: Graph, home: Path) -> dict[str, dict[str, Any]]:
     """What every training stage makes of its data.
 
     Returns:
-        Stage -> `data` (the entry's name) and either `report` (a `DataReport`) or `known_after` (the stage that will make
-        the tokenizer).
+        Stage -> `data` (the entry's name) and either `report` (a `DataReport`) or `known_after` (the stage whose work
+        the tokenizer is).
 
     Raises:
         AlignError: The data cannot be read, or the tokenizer cannot be loaded.

@@ -1,7 +1,7 @@
 """Counts what the stages of a recipe make of their data: `python -m align.stages.inspect JOB.json...`.
 
-It prints one JSON object: stage -> `{"data", "report"}`, or `{"data", "known_after"}` where the tokenizer is the work of a
-stage that has not run yet.
+It prints one JSON object: stage -> `{"data", "report"}`, or `{"data", "known_after"}` where the tokenizer is the work
+of a stage that has not run yet.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from align.stages import start
 def inspect(job: Job) -> dict[str, Any]:
     """What one training stage makes of its data."""
     settings = stage_kinds()[job.kind].model_validate(job.settings)
-    name = getattr(settings, "data")
+    name: str = settings.data  # type: ignore[attr-defined]
     if not isinstance(settings, PolicyStage) or job.model is None:
         return {"data": name, "known_after": job.stage}
     store, base = Store(Path(job.home)), job.model.base

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -145,16 +144,6 @@ def test_ending(code: int, words: str) -> None:
 def test_tail_of_an_empty_log(tmp_path: Path) -> None:
     (tmp_path / "log").touch()
     assert tail(tmp_path / "log") == "  | (empty)"
-
-
-def test_a_worker_that_fails_is_told_in_its_own_words(tmp_path: Path) -> None:
-    """The real worker, on a job whose kind does not exist here any more."""
-    with Worker(job(tmp_path, settings={"kind": "sft"})) as worker:
-        assert worker.wait(120)
-    with pytest.raises(TrainingError, match="stage sft: ValidationError"):
-        worker.check(worker.log)
-    assert json.loads((tmp_path / "job.json").read_text())["stage"] == "sft"
-    assert "Traceback" in worker.log.read_text()
 
 
 def test_a_worker_stops_when_asked_and_holds_its_lock_until_then(tmp_path: Path) -> None:

@@ -61,12 +61,12 @@ def shown(
     width: int, statuses: list[tuple[float, Status]], monkeypatch: pytest.MonkeyPatch, terminal: bool = False
 ) -> str:
     """What a stage's progress writes, given statuses at these seconds."""
-    now = 0.0
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     out = io.StringIO()
-    console = Console(file=out, width=width, force_terminal=terminal, no_color=True, get_time=lambda: now)
+    console = Console(file=out, width=width, force_terminal=terminal, no_color=True, get_time=lambda: now[0])
     with StageProgress(console, "sft") as bar:
-        for now, status in statuses:
+        for now[0], status in statuses:
             bar.update(status, {"loss": 1.23456} if status.step else {})
     return out.getvalue()
 
