@@ -1,0 +1,260 @@
+"""The only place that applies a chat template and makes a mask of trained tokens.
+
+A conversation is rendered to text, cut at the borders of the assistant's turns (`template.py`), and the pieces are
+tokenised one by one. So the border between prompt and completion lies between two tokens by construction, the two
+completions of a pair share their prompt token by token, and the ids of a prompt are those that generation starts from,
+even where the tokenizer would have merged across the border.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, TypeVar
+
+from transformers import PreTrainedTokenizerBase
+
+from align.data.records import BadRow, Conversation, Dropped, Message, Pair, Prompt, Record, Text, digest, first_answer
+from align.data.template import ChatTemplate, Piece
+from align.errors import DataError
+
+T = TypeVar("T")
+LossOn = Literal["completion", "all"]
+
+NO_ROOM = "prompt leaves no room for a completion"
+CUT_AWAY = "completion truncated away"
+EQUAL = "chosen equals rejected after truncation"
+TOO_LONG = "prompt longer than max_tokens"
+CONTROL = "control token in the text"
+REWRITTEN = "answer rewritten by the chat template"
+EMPTY = "empty completion"
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What follows a prompt.
+
+    Attributes:
+        ids: Token ids; the last is EOS unless the completion is truncated.
+        mask: Whether each token is trained.
+        truncated: Whether it was cut, and so lost its EOS.
+    """
+
+    ids: list[int]
+    mask: list[bool]
+    truncated: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A record as token ids.
+
+    Attributes:
+        row: Number of the row it was made from.
+        prompt_ids: Shared by all completions; with ``loss_on="all"`` the one token that nothing predicts.
+        completions: One, or chosen and rejected; none for a prompt.
+        weight: Weight in the loss.
+        group: The same for records of the same prompt; empty where only `prompt_ids` can tell.
+    """
+
+    row: int
+    prompt_ids: list[int]
+    completions: tuple[Completion, ...]
+    weight: float
+    group: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """A record as pieces: its prompt, and what follows in each completion. A text is a prompt alone."""
+
+    record: Record
+    prompt: Piece
+    completions: tuple[tuple[Piece, ...], ...] = ()
+
+
+class ChatEncoder:
+    """Turns records into examples.
+
+    Args:
+        tokenizer: With a chat template, unless only texts are encoded.
+        max_tokens: Longest prompt + completion; longest prompt, for prompts alone.
+        loss_on: Whether the assistant's turns are trained, or everything.
+        marks: Whether ``{% generation %}`` decides where the assistant begins, in a template that has it.
+
+    Raises:
+        DataError: The tokenizer has no EOS.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_tokens: int,
+        loss_on: LossOn = "completion",
+        *,
+        marks: bool = True,
+    ) -> None:
+        if tokenizer.eos_token_id is None:
+            raise DataError("the tokenizer has no EOS token, so no completion could end", fix="set its eos_token")
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+        self.loss_on = loss_on
+        self.noted: Counter[str] = Counter()
+        self._marks = marks
+        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        self._special = re.compile(
+            "|".join(re.escape(t) for t in sorted(special | set(tokenizer.all_special_tokens), key=len, reverse=True))
+        )
+        self._trailing_special = re.compile(rf"(?:\s*(?:{self._special.pattern}))+\s*\Z")
+
+    def encode(self, record: Record) -> Example:
+        """The example of one record.
+
+        Raises:
+            Dropped: Nothing is left to train.
+            BadRow: The chat template refuses the conversation.
+            DataError: The tokenizer has no chat template.
+        """
+        outcome = self.encode_many([record])[0]
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    def encode_many(self, records: Sequence[Record]) -> list[Example | Dropped | BadRow]:
+        """The examples of records, or why there is none; the tokenizer is called once for all of them."""
+        layouts = [_outcome(self._lay_out, record) for record in records]
+        ids = self._tokenize(layout for layout in layouts if isinstance(layout, _Layout))
+        return [layout if isinstance(layout, Exception) else _outcome(self._example, layout, ids) for layout in layouts]
+
+    def prompt(self, messages: list[Message]) -> list[int]:
+        """Token ids of a prompt with the template's generation prompt, whatever its length."""
+        layout = self._lay_out(Prompt(0, messages))
+        return self._tokenize([layout])[layout.prompt]
+
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        return ChatTemplate(self.tokenizer, self._special, marks=self._marks)
+
+    def _lay_out(self, record: Record) -> _Layout:
+        if isinstance(record, Text):
+            return _Layout(record, Piece(record.text))
+        if isinstance(record, Prompt):
+            return _Layout(record, self._template.prompt(self._clean(record.messages)))
+        if isinstance(record, Pair):
+            prompt, sides = self._clean(record.prompt), [self._clean(record.chosen), self._clean(record.rejected)]
+        else:
+            messages, first = self._clean(record.messages), first_answer(record.messages)
+            prompt, sides = messages[:first], [messages[first:]]
+        start = self._template.prompt(prompt)
+        return _Layout(record, start, tuple(self._template.continuation(start.text, prompt, side) for side in sides))
+
+    def _clean(self, messages: Sequence[Message]) -> list[Message]:
+        """Messages without the control tokens that data sets leave at the end of answers.
+
+        Raises:
+            Dropped: There are others, which would be read as the end of a turn or as a turn of somebody else.
+        """
+        cleaned = []
+        for message in messages:
+            content = message["content"]
+            if self._special.search(content):
+                if message["role"] == "assistant":
+                    content = self._trailing_special.sub("", content)
+                    self.noted["control token at the end of an answer left off"] += 1
+                    if not content.strip():
+                        raise Dropped(EMPTY)
+                if self._special.search(content):
+                    raise Dropped(CONTROL)
+            cleaned.append(Message(role=message["role"], content=content))
+        return cleaned
+
+    def _tokenize(self, layouts: Iterable[_Layout]) -> dict[Piece, list[int]]:
+        """Token ids of every piece.
+
+        A piece is tokenised behind what stands before it, so that it gets a prefix space or none as it would in the
+        whole text, and those first tokens are taken off. Where they merge with the piece, it is tokenised behind EOS,
+        with which nothing merges.
+        """
+        texts: dict[Piece, None] = {}
+        pieces: dict[Piece, None] = {}
+        for layout in layouts:
+            if isinstance(layout.record, Text):
+                texts[layout.prompt] = None
+            else:
+                pieces |= dict.fromkeys((layout.prompt, *(p for part in layout.completions for p in part)))
+        ids = dict(zip(texts, self._ids([piece.text for piece in texts], whole=True), strict=True))
+        contexts = sorted({piece.after for piece in pieces})
+        before = dict(zip(contexts, self._ids(contexts), strict=True))
+        for piece, found in zip(pieces, self._ids([piece.after + piece.text for piece in pieces]), strict=True):
+            context = before[piece.after]
+            if found[: len(context)] == context:
+                ids[piece] = found[len(context) :]
+            else:
+                ids[piece] = self._ids([self.tokenizer.eos_token + piece.text])[0][1:]
+        return ids
+
+    def _ids(self, texts: list[str], *, whole: bool = False) -> list[list[int]]:
+        """Token ids of texts; `whole` ones get what the tokenizer puts around a text (BOS)."""
+        if not texts:
+            return []
+        return self.tokenizer(texts, add_special_tokens=whole, return_attention_mask=False)["input_ids"]
+
+    def _example(self, layout: _Layout, ids: dict[Piece, list[int]]) -> Example:
+        record = layout.record
+        if isinstance(record, Text):
+            return self._of_text(record, ids[layout.prompt])
+        prompt_ids, group = ids[layout.prompt], digest(record.prompt)
+        if isinstance(record, Prompt):
+            if len(prompt_ids) > self.max_tokens:
+                raise Dropped(TOO_LONG)
+            return Example(record.row, prompt_ids, (), 1.0, group)
+        if self.loss_on == "all" and not isinstance(record, Pair):
+            flat = [*prompt_ids, *(i for piece in layout.completions[0] for i in ids[piece])]
+            return self._of_all(record, flat, group)
+        completions = tuple(self._completion(pieces, ids, len(prompt_ids)) for pieces in layout.completions)
+        if isinstance(record, Pair) and completions[0].ids == completions[1].ids:
+            raise Dropped(EQUAL)
+        return Example(record.row, prompt_ids, completions, record.weight, group)
+
+    def _completion(self, pieces: Sequence[Piece], ids: dict[Piece, list[int]], prompt_tokens: int) -> Completion:
+        tokens, mask = [], []
+        for piece in pieces:
+            tokens += ids[piece]
+            mask += [piece.trained] * len(ids[piece])
+        tokens.append(self.tokenizer.eos_token_id)
+        mask.append(pieces[-1].trained)
+        room = self.max_tokens - prompt_tokens
+        if room <= 0:
+            raise Dropped(NO_ROOM)
+        if not any(mask[:room]):
+            raise Dropped(CUT_AWAY if any(mask) else REWRITTEN)
+        if rewritten := sum(piece.rewritten for piece in pieces):
+            self.noted["turn rewritten by the chat template, not trained"] += rewritten
+        return Completion(tokens[:room], mask[:room], len(tokens) > room)
+
+    def _of_text(self, record: Text, ids: list[int]) -> Example:
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        if bos is not None and ids[:2] == [bos, bos]:
+            ids = ids[1:]
+        while ids and ids[-1] == eos:
+            ids = ids[:-1]
+        return self._of_all(record, ids, digest(record.prompt))
+
+    def _of_all(self, record: Text | Conversation, ids: list[int], group: bytes) -> Example:
+        """An example that is trained on everything but its first token."""
+        ids = [*ids, self.tokenizer.eos_token_id]
+        rest = ids[1 : self.max_tokens]
+        if not rest:
+            raise Dropped(CUT_AWAY if len(ids) > 1 else EMPTY)
+        completion = Completion(rest, [True] * len(rest), len(ids) > self.max_tokens)
+        return Example(record.row, ids[:1], (completion,), record.weight, group)
+
+
+def _outcome(function: Callable[..., T], *args: object) -> T | Dropped | BadRow:
+    try:
+        return function(*args)
+    except (Dropped, BadRow) as error:
+        return error

@@ -1,0 +1,320 @@
+"""From the columns of a row to a record: one function per format, and one table of what each may read.
+
+A row that cannot be read as its format is a `BadRow`; one that is well-formed but must not be trained on is `Dropped`.
+Texts are taken as they are: nothing is stripped or normalised.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from align.data.records import BadRow, Conversation, Dropped, Message, Pair, Prompt, Record, Text, first_answer
+from align.data.sources import type_word
+from align.spec.data import Format
+
+ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+"""What a role is called in the wild -> what it is."""
+
+UNSUPPORTED_KEYS = ("tool_calls", "function_call", "tool_call_id", "reasoning_content", "thinking", "weight")
+"""Keys of a message that change what it means, so that leaving them out would be wrong."""
+
+NO_INPUT = re.compile(
+    r"[\W_]*(no[\W_]*input(\s+(is\s+)?(needed|required|necessary|provided|given))?|n/a|none"
+    r"|입력\s*없음|입력이\s*(없습니다|필요하지\s*않습니다)|노인\s*입력)[\W_]*",
+    re.IGNORECASE,
+)
+"""Inputs that say there is none. The last one is what machine translation made of `<noinput>`: "elderly input"."""
+
+
+@dataclass(frozen=True)
+class Fields:
+    """The fields that a format reads.
+
+    Attributes:
+        one_of: Groups of fields of which a row has to have one whole group.
+        optional: Fields it may have besides.
+    """
+
+    one_of: tuple[tuple[str, ...], ...]
+    optional: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> list[str]:
+        return list(dict.fromkeys([*(name for group in self.one_of for name in group), *self.optional]))
+
+
+FIELDS: dict[Format, Fields] = {
+    "text": Fields((("text",),), ("weight",)),
+    "alpaca": Fields((("instruction", "output"),), ("input", "history", "system", "weight")),
+    "messages": Fields((("messages",),), ("weight",)),
+    "sharegpt": Fields((("conversations",),), ("system", "tools", "weight")),
+    "prompt_completion": Fields((("prompt", "completion"),), ("weight",)),
+    "pairs": Fields(
+        (("prompt", "chosen", "rejected"), ("conversations", "chosen", "rejected"), ("chosen", "rejected")),
+        ("system", "weight"),
+    ),
+    "prompts": Fields(
+        (("prompt",), ("messages",), ("conversations",), ("instruction",)), ("input", "history", "system")
+    ),
+}
+
+
+@dataclass
+class Parser:
+    """Reads rows of one format.
+
+    Attributes:
+        format: The format.
+        columns: Field -> column, where they differ.
+        system: A system message for conversations that have none.
+        noted: What was read in another way than it is written -> how often.
+    """
+
+    format: Format
+    columns: dict[str, str] = field(default_factory=dict)
+    system: str | None = None
+    noted: Counter[str] = field(default_factory=Counter)
+
+    def parse(self, number: int, row: dict[str, Any]) -> Record:
+        """The record of a row.
+
+        Raises:
+            BadRow: The row is malformed.
+            Dropped: The row is well-formed and has nothing to train on.
+        """
+        column_of = {name: self.columns.get(name, name) for name in FIELDS[self.format].names}
+        columns = Columns({name: row[column] for name, column in column_of.items() if column in row}, self)
+        return _PARSERS[self.format](number, columns)
+
+
+def parse_row(format: Format, row: dict[str, Any], columns: dict[str, str], number: int = 0) -> Record:
+    """`Parser.parse` for a single row."""
+    return Parser(format, columns).parse(number, row)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The fields of one row, taken by type."""
+
+    values: dict[str, Any]
+    parser: Parser
+
+    def __contains__(self, name: str) -> bool:
+        return self.values.get(name) is not None
+
+    def get(self, name: str) -> Any:
+        if name not in self.values:
+            raise BadRow(f"no column `{self.parser.columns.get(name, name)}`")
+        return self.values[name]
+
+    def text(self, name: str) -> str:
+        return as_text(self.get(name), name)
+
+    def weight(self) -> float:
+        if "weight" not in self.values:
+            return 1.0
+        try:
+            weight = float(self.values["weight"])
+        except (TypeError, ValueError):
+            weight = math.nan
+        if not (weight > 0 and math.isfinite(weight)) or isinstance(self.values["weight"], bool):
+            raise BadRow("`weight` is not a positive number")
+        return weight
+
+    def messages(self, name: str, *, role: str = "user") -> list[Message]:
+        """A list of messages, or one text that `role` says."""
+        value = self.get(name)
+        if isinstance(value, str):
+            return [{"role": role, "content": as_text(value, name)}]  # type: ignore[typeddict-item]
+        if isinstance(value, dict):
+            value = [value]
+        if not isinstance(value, list):
+            raise BadRow(f"`{name}` is {type_word(value)}, neither text nor a list of messages")
+        if not value:
+            raise BadRow(f"`{name}` is an empty list")
+        return [as_message(each, name) for each in value]
+
+    def with_system(self, messages: list[Message]) -> list[Message]:
+        """Put the row's own system message, or else the source's, before a conversation that has none."""
+        own = self.text("system") if "system" in self else ""
+        system = own or self.parser.system
+        if messages[0]["role"] == "system" or not system:
+            return messages
+        return [{"role": "system", "content": system}, *messages]
+
+    def note(self, what: str) -> None:
+        self.parser.noted[what] += 1
+
+
+def as_text(value: Any, name: str) -> str:
+    """A text that can be encoded; `name` is what a complaint calls it."""
+    if not isinstance(value, str):
+        raise BadRow(f"`{name}` is {type_word(value)}, not text")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise BadRow(f"`{name}` has broken unicode") from None
+    return value
+
+
+def as_message(value: Any, name: str) -> Message:
+    """A message, from `role` and `content` or from `from` and `value`."""
+    if not isinstance(value, dict):
+        raise BadRow(f"a message of `{name}` is {type_word(value)}, not an object")
+    for key in UNSUPPORTED_KEYS:
+        if value.get(key) is not None:
+            raise BadRow(f"a message of `{name}` has `{key}`, which is not supported")
+    for role, content in (("role", "content"), ("from", "value")):
+        if role in value and content in value:
+            known = ROLES.get(value[role]) if isinstance(value[role], str) else None
+            if known is None:
+                raise BadRow(f"a message of `{name}` has the role {value[role]!r}")
+            return {"role": known, "content": as_text(value[content], f"{name}.{content}")}  # type: ignore[typeddict-item]
+    raise BadRow(f"a message of `{name}` has neither `role` and `content` nor `from` and `value`")
+
+
+def check_turns(messages: Sequence[Message], name: str) -> None:
+    """User and assistant in alternation, after at most one system message.
+
+    Raises:
+        BadRow: The order is another.
+        Dropped: A turn is empty.
+    """
+    turns = messages[1:] if messages and messages[0]["role"] == "system" else messages
+    for i, message in enumerate(turns):
+        expected = "assistant" if i % 2 else "user"
+        if message["role"] != expected:
+            before = f"after the {turns[i - 1]['role']}'s turn" if i else "at the beginning"
+            raise BadRow(f"`{name}` has a turn of the {message['role']} {before}")
+        if not message["content"].strip():
+            raise Dropped("empty completion" if expected == "assistant" else "empty prompt")
+
+
+def _text(number: int, columns: Columns) -> Text:
+    text = columns.text("text")
+    if not text.strip():
+        raise Dropped("empty text")
+    return Text(number, text, columns.weight())
+
+
+def _conversation(number: int, columns: Columns, messages: list[Message], name: str) -> Conversation:
+    messages = columns.with_system(messages)
+    check_turns(messages, name)
+    if first_answer(messages) == len(messages):
+        raise Dropped("no assistant turn")
+    if messages[-1]["role"] == "user":
+        columns.note("last user turn without an answer left off")
+        messages = messages[:-1]
+    return Conversation(number, messages, columns.weight())
+
+
+def _alpaca_prompt(columns: Columns) -> list[Message]:
+    messages: list[Message] = []
+    history = columns.values.get("history") or []
+    if not isinstance(history, list):
+        raise BadRow(f"`history` is {type_word(history)}, not a list")
+    for turn in history:
+        if not isinstance(turn, list) or len(turn) != 2:
+            raise BadRow("`history` is not a list of [user, assistant]")
+        messages.append({"role": "user", "content": as_text(turn[0], "history")})
+        messages.append({"role": "assistant", "content": as_text(turn[1], "history")})
+    instruction = columns.text("instruction")
+    given = columns.text("input") if "input" in columns else ""
+    if NO_INPUT.fullmatch(given):
+        columns.note("input that says there is none")
+        given = ""
+    prompt = "\n\n".join(part for part in (instruction, given) if part.strip())
+    return [*messages, {"role": "user", "content": prompt}]
+
+
+def _alpaca(number: int, columns: Columns) -> Conversation:
+    answer: Message = {"role": "assistant", "content": columns.text("output")}
+    return _conversation(number, columns, [*_alpaca_prompt(columns), answer], "history")
+
+
+def _messages(number: int, columns: Columns) -> Conversation:
+    return _conversation(number, columns, columns.messages("messages"), "messages")
+
+
+def _sharegpt(number: int, columns: Columns) -> Conversation:
+    if columns.values.get("tools"):
+        raise BadRow("`tools` are not supported")
+    return _conversation(number, columns, columns.messages("conversations"), "conversations")
+
+
+def _prompt_completion(number: int, columns: Columns) -> Conversation:
+    messages = columns.messages("prompt") + columns.messages("completion", role="assistant")
+    return _conversation(number, columns, messages, "prompt + completion")
+
+
+def _pair(number: int, columns: Columns) -> Pair:
+    chosen, rejected = (columns.messages(side, role="assistant") for side in ("chosen", "rejected"))
+    prompt = next((columns.messages(name) for name in ("prompt", "conversations") if name in columns), [])
+    if chosen[0]["role"] != "assistant" or rejected[0]["role"] != "assistant":
+        shared = _shared_prefix(chosen, rejected)
+        if (
+            prompt
+            and [m for m in prompt if m["role"] != "system"]
+            != [m for m in chosen[:shared] if m["role"] != "system"][-len(prompt) :]
+        ):
+            raise BadRow("`chosen` and `rejected` do not continue `prompt`")
+        prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+    if not prompt:
+        raise BadRow("no prompt: neither a column `prompt` nor turns that `chosen` and `rejected` share")
+    prompt = columns.with_system(prompt)
+    for side, messages in (("chosen", chosen), ("rejected", rejected)):
+        check_turns([*prompt, *messages], f"prompt + {side}")
+        if not messages or messages[-1]["role"] != "assistant":
+            raise BadRow(f"`{side}` does not end with the assistant")
+    if chosen == rejected:
+        raise Dropped("chosen and rejected are the same")
+    return Pair(number, prompt, chosen, rejected, columns.weight())
+
+
+def _shared_prefix(chosen: list[Message], rejected: list[Message]) -> int:
+    """How many leading messages two conversations share, up to a turn that the assistant answers."""
+    shared = 0
+    for a, b in zip(chosen[:-1], rejected[:-1], strict=False):
+        if a != b:
+            break
+        shared += 1
+    while shared and chosen[shared - 1]["role"] != "user":
+        shared -= 1
+    return shared
+
+
+def _prompt(number: int, columns: Columns) -> Prompt:
+    name = next((n for n in ("prompt", "messages", "conversations", "instruction") if n in columns), "prompt")
+    messages = _alpaca_prompt(columns) if name == "instruction" else columns.messages(name)
+    messages = columns.with_system(messages)
+    check_turns(messages, name)
+    return as_prompt(Prompt(number, messages))
+
+
+def as_prompt(record: Record) -> Prompt:
+    """A record reduced to what comes before its last answer."""
+    if isinstance(record, Pair):
+        return Prompt(record.row, record.prompt)
+    assert isinstance(record, Conversation | Prompt)
+    messages = record.messages
+    if messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    if not messages or messages[-1]["role"] != "user":
+        raise Dropped("empty prompt")
+    return Prompt(record.row, messages)
+
+
+_PARSERS: dict[Format, Callable[[int, Columns], Record]] = {
+    "text": _text,
+    "alpaca": _alpaca,
+    "messages": _messages,
+    "sharegpt": _sharegpt,
+    "prompt_completion": _prompt_completion,
+    "pairs": _pair,
+    "prompts": _prompt,
+}

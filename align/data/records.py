@@ -1,0 +1,117 @@
+"""What a row becomes, whatever its format: one of four records, or a reason why it is none."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypedDict
+
+Role = Literal["system", "user", "assistant"]
+
+
+class Message(TypedDict):
+    """One turn of a conversation."""
+
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Plain text, every token of which is trained."""
+
+    row: int
+    text: str
+    weight: float = 1.0
+
+    @property
+    def prompt(self) -> list[Message]:
+        """No two texts share a prompt unless they are the same text."""
+        return [{"role": "user", "content": self.text}]
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Turns of user and assistant in alternation, after at most one system message; the last is the assistant's."""
+
+    row: int
+    messages: list[Message]
+    weight: float = 1.0
+
+    @property
+    def prompt(self) -> list[Message]:
+        """What comes before the assistant's first turn."""
+        return self.messages[: first_answer(self.messages)]
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One prompt and two continuations of it, each beginning and ending with the assistant."""
+
+    row: int
+    prompt: list[Message]
+    chosen: list[Message]
+    rejected: list[Message]
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A conversation that waits for the assistant's next turn."""
+
+    row: int
+    messages: list[Message]
+
+    @property
+    def prompt(self) -> list[Message]:
+        return self.messages
+
+
+Record = Text | Conversation | Pair | Prompt
+
+
+class BadRow(Exception):
+    """A row that is malformed: it goes to the quarantine, and too many of them stop the run.
+
+    Args:
+        reason: What is wrong, in words that many rows can share, for it is counted.
+        raw: The row as it was read, where it could not even be parsed.
+    """
+
+    def __init__(self, reason: str, raw: str | None = None) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.raw = raw
+
+
+class Dropped(Exception):
+    """A well-formed row that training could only be harmed by: it is left out and counted under its rule."""
+
+    def __init__(self, rule: str) -> None:
+        super().__init__(rule)
+        self.rule = rule
+
+
+def first_answer(messages: Sequence[Message]) -> int:
+    """Index of the first assistant turn; the length if there is none."""
+    return next((i for i, message in enumerate(messages) if message["role"] == "assistant"), len(messages))
+
+
+def digest(*conversations: Iterable[Message]) -> bytes:
+    """16 bytes that tell conversations apart by content: the same in every process, unlike `hash`."""
+    state = hashlib.blake2b(digest_size=16)
+    for messages in conversations:
+        for message in messages:
+            content = message["content"].encode("utf-8", "surrogatepass")
+            state.update(b"%s %d\0" % (message["role"].encode(), len(content)))
+            state.update(content)
+        state.update(b"\1")
+    return state.digest()
+
+
+def identity(record: Record) -> bytes:
+    """Equal for records that say the same, rows aside."""
+    if isinstance(record, Pair):
+        return digest(record.prompt, record.chosen, record.rejected)
+    return digest(record.messages if isinstance(record, Conversation | Prompt) else record.prompt)
