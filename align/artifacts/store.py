@@ -25,7 +25,7 @@ from pydantic import ValidationError
 
 from align.artifacts.lock import is_locked, locked
 from align.artifacts.manifest import Manifest
-from align.artifacts.seal import folder_bytes, publish, read_seal, verify_once, write_atomic
+from align.artifacts.seal import SEAL, folder_bytes, publish, read_seal, verify_once, write_atomic
 from align.errors import ArtifactError, LaunchError
 
 logger = logging.getLogger(__name__)
@@ -107,6 +107,11 @@ class Store:
     def work(self, fingerprint: str) -> Path:
         """Folder of the unfinished stage, made if absent."""
         return _made(self.home / "work" / _name(fingerprint))
+
+    def resumes_at(self, fingerprint: str) -> int | None:
+        """Step of the newest sealed checkpoint of an unfinished stage, not verified; None if there is none."""
+        checkpoints = (self.home / "work" / _name(fingerprint) / "checkpoints").glob(f"step-*/{SEAL}")
+        return max((int(path.parent.name.removeprefix("step-")) for path in checkpoints), default=None)
 
     def temporary(self, fingerprint: str) -> Path:
         """A new empty folder on the file system of the artifacts, to be filled and handed to `add`."""

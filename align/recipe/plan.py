@@ -1,0 +1,319 @@
+"""What a recipe would do: which stages run, in how many steps, in how much memory and disk.
+
+Read from settings, file sizes and headers only: no tokenizer, no model, nothing downloaded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from rich import box
+from rich.table import Table
+
+from align.methods import get_method
+from align.methods.pretrain import Pretrain
+from align.recipe.graph import Graph, Node
+from align.recipe.memory import ADAM_BYTES, MASTER_BYTES, Parts, generation_memory, training_memory
+from align.recipe.references import references
+from align.recipe.rows import count_rows
+from align.recipe.sizes import ModelSize, cached_folder, size_of_architecture, size_of_folder
+from align.recipe.sources import base_folder
+from align.spec.base import StageRef
+from align.spec.model import LoraSettings, ModelSettings
+from align.spec.stages import CompareStage, Referenced, TrainedStage
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One stage.
+
+    Attributes:
+        stage: Its name.
+        kind: Its kind.
+        state: Whether it is taken from the store, goes on from a checkpoint, or starts.
+        fingerprint: Under which its artifact is kept.
+        trains: Whether it takes optimizer steps.
+        steps: How many; None where only reading the data tells.
+        at_most: Whether rows that are dropped would make fewer steps.
+        resume_step: Step of the checkpoint it goes on from.
+        memory: Bytes of one rank by what they are for; empty where the model's size is not known.
+        disk: Bytes of its artifact.
+        scratch: Bytes of checkpoints while it runs.
+        notes: What a user should know.
+    """
+
+    stage: str
+    kind: str
+    state: Literal["reuse", "resume", "run"]
+    fingerprint: str
+    trains: bool = False
+    steps: int | None = None
+    at_most: bool = False
+    resume_step: int = 0
+    memory: Parts = field(default_factory=dict)
+    disk: int | None = None
+    scratch: int = 0
+    notes: tuple[str, ...] = ()
+
+    @property
+    def total_memory(self) -> int | None:
+        """Bytes of one rank."""
+        return sum(self.memory.values()) or None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The stages of a recipe in the order they run."""
+
+    rows: tuple[PlanRow, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def disk_needed(self) -> int:
+        """Bytes that running it takes at its fullest: new artifacts, and the largest set of checkpoints."""
+        todo = [row for row in self.rows if row.state != "reuse"]
+        return sum(row.disk or 0 for row in todo) + max((row.scratch for row in todo), default=0)
+
+
+def make_plan(
+    graph: Graph,
+    store_find: Callable[[str], bool],
+    resumes_at: Callable[[str], int | None] = lambda fingerprint: None,
+    *,
+    compute_bytes: int | None = None,
+) -> Plan:
+    """Plan every stage of a graph.
+
+    Args:
+        graph: The recipe.
+        store_find: Whether the store has the artifact of a fingerprint.
+        resumes_at: Step of the newest checkpoint of a fingerprint; None if there is none.
+        compute_bytes: Bytes of a number where `dtype` is auto; this machine's choice if absent.
+    """
+    planner = _Planner(graph, compute_bytes or _auto_bytes())
+    rows = []
+    for node in graph.nodes.values():
+        step = resumes_at(node.fingerprint)
+        state: Literal["reuse", "resume", "run"] = "resume" if step is not None else "run"
+        rows.append(planner.row(node, "reuse" if store_find(node.fingerprint) else state, step or 0))
+    return Plan(tuple(rows), tuple(f"{name}: {why}" for name, why in graph.unresolved.items()))
+
+
+def _auto_bytes() -> int:
+    return 2 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else 4
+
+
+class _Planner:
+    """Sizes and estimates of the stages of one graph."""
+
+    def __init__(self, graph: Graph, auto_bytes: int) -> None:
+        self.graph, self.auto_bytes = graph, auto_bytes
+        self.sizes: dict[str, ModelSize | None] = {}
+
+    def row(self, node: Node, state: Literal["reuse", "resume", "run"], step: int) -> PlanRow:
+        kind = str(type(node.stage).model_fields["kind"].default)
+        if state == "reuse":
+            return PlanRow(node.name, kind, state, node.fingerprint)
+        if isinstance(node.stage, CompareStage):
+            return PlanRow(
+                node.name, kind, state, node.fingerprint, memory=self.comparison(node.stage), notes=self.notes(node)
+            )
+        assert isinstance(node.stage, TrainedStage)
+        disk, scratch = self.disk(node, node.stage)
+        return PlanRow(
+            node.name,
+            kind,
+            state,
+            node.fingerprint,
+            trains=True,
+            steps=self.steps(node, node.stage),
+            at_most=node.stage.train.max_steps is None,
+            resume_step=step,
+            memory=self.training(node, node.stage),
+            disk=disk,
+            scratch=scratch,
+            notes=self.notes(node),
+        )
+
+    # Sizes -----------------------------------------------------------------------------------------------------------
+
+    def size(self, node: Node) -> ModelSize | None:
+        """The size of the model that a stage trains; None where it is not on this machine."""
+        if isinstance(node.stage, Pretrain):
+            return size_of_architecture(node.stage.architecture, node.stage.tokenizer.vocab_size)
+        return self.size_of_base(node.model) if node.model is not None else None
+
+    def size_of_base(self, model: ModelSettings) -> ModelSize | None:
+        if model.base in self.graph.nodes:
+            return self.size(self.graph.nodes[model.base])
+        if model.base not in self.sizes:
+            folder = base_folder(model.base, self.graph.loaded.folder) or cached_folder(model)
+            self.sizes[model.base] = None if folder is None else size_of_folder(folder)
+        return self.sizes[model.base]
+
+    def bytes_of(self, model: ModelSettings) -> int:
+        return {"float32": 4, "bfloat16": 2}.get(model.dtype, self.auto_bytes)
+
+    def model(self, node: Node) -> ModelSettings:
+        """The settings of a trained stage's model; a pretrained one has those of a model trained in full."""
+        return node.model or ModelSettings(base=node.name, adapter="none")
+
+    # Estimates -------------------------------------------------------------------------------------------------------
+
+    def steps(self, node: Node, stage: TrainedStage) -> int | None:
+        """Optimizer steps, if no row is dropped."""
+        train = stage.train
+        if train.max_steps is not None:
+            return train.max_steps
+        rows = [count_rows(source, self.graph.loaded.folder) for source in node.data.values()]
+        if None in rows:
+            return None
+        examples = sum(each for each in rows if each is not None)
+        if train.validation is not None:
+            examples -= int(examples * train.validation.fraction)
+        return math.ceil((train.epochs or 1.0) * math.ceil(examples / train.global_batch_size))
+
+    def training(self, node: Node, stage: TrainedStage) -> Parts:
+        size, model = self.size(node), self.model(node)
+        if size is None:
+            return {}
+        train, completions = stage.train, get_method(stage.kind).batch.completions  # type: ignore[attr-defined]
+        example = completions * train.max_tokens
+        share = math.ceil(train.global_batch_size / node.launch.processes) * example
+        return training_memory(
+            size,
+            model,
+            node.launch,
+            pack_tokens=min(max(train.pack_tokens, example), share),
+            compute_bytes=self.bytes_of(model),
+            frozen_adapters=self.frozen_adapters(node),
+        )
+
+    def frozen_adapters(self, node: Node) -> int:
+        """Adapters of other stages that stand beside the trained one."""
+        if node.model is None or not isinstance(node.model.adapter, LoraSettings):
+            return 0
+        named = {
+            each.name for each in references(node.stage) if isinstance(each.mark, StageRef) and each.loc != ("policy",)
+        }
+        others = (self.graph.nodes[name] for name in named)
+        return sum(1 for each in others if each.model is not None and isinstance(each.model.adapter, LoraSettings))
+
+    def comparison(self, stage: CompareStage) -> Parts:
+        """Every distinct base once, every adapter, and what generation takes on the largest."""
+        bases: dict[str, int] = {}
+        adapters, generation = 0, Parts()
+        for name in stage.candidates:
+            node = self.graph.nodes[name]
+            size, model = self.size(node), self.model(node)
+            if size is None:
+                return {}
+            lora = model.adapter if isinstance(model.adapter, LoraSettings) else None
+            base = model.base if lora else name
+            bases[f"{base} {model.quantization} {model.dtype}"] = size.frozen_bytes(
+                model.quantization if lora else "none", self.bytes_of(model)
+            )
+            adapters += 4 * size.adapter_parameters(lora) if lora else 0
+            generation = max(
+                generation,
+                generation_memory(size, stage.generation, self.bytes_of(model)),
+                key=lambda parts: sum(parts.values()),
+            )
+        return {"base": sum(bases.values()), "frozen adapters": adapters, **generation}
+
+    def disk(self, node: Node, stage: TrainedStage) -> tuple[int | None, int]:
+        """Bytes of the artifact, and of the checkpoints beside it while it is made."""
+        size, model, train = self.size(node), self.model(node), stage.train
+        if size is None:
+            return None, 0
+        lora = model.adapter if isinstance(model.adapter, LoraSettings) else None
+        trained = size.adapter_parameters(lora) if lora else size.parameters
+        deepspeed = node.launch.deepspeed != "none"
+        weights = trained * (self.bytes_of(model) if deepspeed else MASTER_BYTES)
+        merged = size.parameters * self.bytes_of(model) if model.merge_parent else 0
+        checkpoint = weights + trained * (ADAM_BYTES + (2 * MASTER_BYTES if deepspeed else 0))
+        best = 2 * weights if train.validation is not None and train.validation.keep == "best" else 0
+        # One more than is kept: the next is whole before the oldest goes. A merged base is made in the work folder.
+        return weights + merged, (train.keep_checkpoints + 1) * checkpoint + best + merged
+
+    # Notes -----------------------------------------------------------------------------------------------------------
+
+    def notes(self, node: Node) -> tuple[str, ...]:
+        return tuple(
+            note
+            for note in (self.second_copy(node), self.merging(node), self.positions(node), self.unknown(node))
+            if note
+        )
+
+    def second_copy(self, node: Node) -> str:
+        """Full fine-tuning moves the base, so a reference that is another stage needs a base of its own."""
+        stage, model = node.stage, node.model
+        if not isinstance(stage, Referenced) or model is None or model.adapter != "none":
+            return ""
+        policy = getattr(stage, "policy", None)
+        start = policy if isinstance(policy, str) else model.base
+        if start == stage.reference or self.graph.nodes[stage.reference].fingerprint == self._fingerprint(start):
+            return ""
+        size = self.size_of_base(model)
+        much = f" ({_size(size.parameters * self.bytes_of(model))})" if size else ""
+        return f"second copy: the reference {stage.reference} is no adapter of this base{much}; read once, then freed"
+
+    def _fingerprint(self, stage: str) -> str | None:
+        return self.graph.nodes[stage].fingerprint if stage in self.graph.nodes else None
+
+    def merging(self, node: Node) -> str:
+        size = self.size_of_base(node.model) if node.model is not None and node.model.merge_parent else None
+        return f"merging takes {_size(size.parameters * MASTER_BYTES)} before training" if size else ""
+
+    def positions(self, node: Node) -> str:
+        size, train = self.size(node), getattr(node.stage, "train", None)
+        if size is None or train is None or size.positions is None or train.max_tokens <= size.positions:
+            return ""
+        return f"max_tokens {train.max_tokens} is more than the {size.positions} positions the model was made for"
+
+    def unknown(self, node: Node) -> str:
+        nodes = [self.graph.nodes[name] for name in getattr(node.stage, "candidates", [])] or [node]
+        bases = sorted({self.model(each).base for each in nodes if self.size(each) is None})
+        return f"the size of {', '.join(bases)} is known once it is downloaded" if bases else ""
+
+
+def plan_table(plan: Plan) -> Table:
+    """One row per stage, and what all of them take."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_footer=True)
+    table.add_column("stage", "all")
+    table.add_column("kind")
+    table.add_column("state")
+    table.add_column("steps", justify="right")
+    table.add_column(
+        "memory/rank", _size(max((row.total_memory or 0 for row in plan.rows), default=0)), justify="right"
+    )
+    table.add_column("disk", _size(plan.disk_needed), justify="right")
+    table.add_column("", overflow="fold")
+    for row in plan.rows:
+        state = f"resume at {row.resume_step}" if row.state == "resume" else row.state
+        table.add_row(
+            row.stage, row.kind, state, _steps(row), _size(row.total_memory), _size(row.disk), "\n".join(row.notes)
+        )
+    for note in plan.notes:
+        table.add_row("", "", "", "", "", "", note)
+    return table
+
+
+def _steps(row: PlanRow) -> str:
+    if not row.trains:
+        return ""
+    if row.steps is None:
+        return "known after data is read"
+    return f"≤ {row.steps}" if row.at_most else str(row.steps)
+
+
+def _size(bytes_: int | None) -> str:
+    if not bytes_:
+        return ""
+    return f"{bytes_ / GIB:.2f} GiB" if bytes_ >= GIB else f"{bytes_ / 2**20:.1f} MiB"
