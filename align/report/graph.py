@@ -43,15 +43,14 @@ def stage_parents(run: RunFiles) -> dict[str, dict[str, list[str]]]:
     base of the recipe's model is left out where another parent stands on it already.
     """
     model = run.recipe.get("model")
-    base = model.get("base") if isinstance(model, dict) else None
+    base = str(model.get("base")) if isinstance(model, dict) else ""
     parents: dict[str, dict[str, list[str]]] = {}
     for name, stage in run.stages.items():
         found: dict[str, list[str]] = {}
         for key, value in _strings(stage.settings):
             if value in run.stages and value != name and key not in ("kind", "data", "prompts"):
                 found.setdefault(value, []).append(key)
-        inputs = stage.manifest.inputs if stage.manifest else [base] if name != base else []
-        for value in inputs:
+        for value in stage.manifest.inputs if stage.manifest else (base,):
             if value in run.stages and value != name and not (value == base and found):
                 found.setdefault(value, ["model.base"] if value == base else [])
         parents[name] = found

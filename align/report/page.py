@@ -8,7 +8,6 @@ import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from pydantic import ValidationError
@@ -18,7 +17,7 @@ from align.report import numbers, verdict
 from align.report.charts import comparison_figures, training_figures
 from align.report.graph import graph_plot
 from align.report.read import Json, RunFiles, StageFiles, read_run
-from align.report.table import left_out
+from align.report.remarks import lengths, remarks
 from align.spec.stages import CompareStage
 
 _YAML_LINE = re.compile(r"^(?P<indent>\s*(?:- )?)(?P<key>[\w.-]+:)?(?P<value>.*?)(?P<comment>(?:^|\s)#.*)?$")
@@ -184,22 +183,9 @@ def _data(stage: StageFiles) -> Iterator[Json]:
             "stage": stage.name,
             "name": name,
             "numbers": [numbers.count(report.get(key)) for key in ("rows_read", "examples", "truncated")],
-            "left_out": left_out(report),
-            "tokens": _quantiles(report.get("tokens")),
+            "remarks": remarks(report),
+            "lengths": lengths(report),
         }
-
-
-def _quantiles(tokens: Any) -> str:
-    """Lengths in tokens on one line, whatever quantiles the report holds."""
-    if not isinstance(tokens, dict):
-        return ""
-    parts = []
-    for name, value in tokens.items():
-        if isinstance(value, dict):
-            parts.append(f"{name} {_quantiles(value)}")
-        elif isinstance(value, int | float) and math.isfinite(value):
-            parts.append(f"{name} {numbers.short(value)}")
-    return ", ".join(parts)
 
 
 def _values(run: RunFiles, field: str) -> list[tuple[str, str]]:

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from align.report.numbers import MISSING, as_interval, column_decimals, count, fixed, metric_heading, metrics_of, span
+from align.report.remarks import remarks
 from align.report.verdict import MARKS, Results, direction, is_by_definition, legend, percent
 
 ARROW_STYLES = {1: "bold", 0: "", -1: "bold"}
@@ -63,18 +64,11 @@ def data_table(reports: Mapping[str, Mapping[str, Any]]) -> Table:
     table.add_column("data", no_wrap=True)
     for heading in ("rows", "examples", "truncated"):
         table.add_column(heading, justify="right")
-    table.add_column("left out")
+    table.add_column("remarks")
     for name, report in reports.items():
         numbers = (count(report.get(key)) for key in ("rows_read", "examples", "truncated"))
-        table.add_row(Text(name), *numbers, Text("\n".join(left_out(report)) or "nothing"))
+        table.add_row(Text(name), *numbers, Text("\n".join(remarks(report)) or MISSING))
     return table
-
-
-def left_out(report: Mapping[str, Any]) -> list[str]:
-    """One line per reason why rows of a data entry are not used."""
-    quarantined = [f"{count(n)} quarantined: {reason}" for reason, n in (report.get("quarantined") or {}).items()]
-    dropped = [f"{count(n)} dropped: {rule}" for rule, n in (report.get("dropped") or {}).items()]
-    return quarantined + dropped
 
 
 def samples_table(samples: Iterable[Mapping[str, Any]]) -> Table:

@@ -14,7 +14,7 @@ from typing import Any
 
 from align.artifacts.manifest import Manifest, hardware, library_versions
 from align.artifacts.store import Store
-from align.data import Completion, Example, load_prompts
+from align.data import Completion, Example, PromptExample, load_prompts
 from align.errors import RecipeError, TrainingError
 from align.evaluation.metrics import Measured, compare_candidates
 from align.logps import completion_logps
@@ -72,6 +72,7 @@ def run(job: Job, settings: CompareStage, store: Store, report: Report) -> None:
         tokenizer=tokenizer,
         max_tokens=_room(models, settings.generation),
         folder=Path(job.folder),
+        quarantine=Path(job.work) / "quarantine.jsonl",
     )
     bench = _Bench(models, settings, tokenizer, scorers, prompts, report)
     answers, measured = {}, {}
@@ -118,7 +119,7 @@ class _Bench:
         settings: CompareStage,
         tokenizer: Any,
         scorers: Mapping[str, Scorer],
-        prompts: Sequence[Any],
+        prompts: Sequence[PromptExample],
         report: Report,
     ) -> None:
         self.models, self.settings, self.tokenizer, self.scorers = models, settings, tokenizer, scorers
@@ -167,7 +168,7 @@ class _Bench:
         return [ours - theirs for (ours,), (theirs,) in zip(own, other, strict=True)]
 
     def _scores(self, label: str, scorer: Scorer, texts: Sequence[str]) -> list[float]:
-        scores = []
+        scores: list[float] = []
         for prompt, text in zip(self.prompts, texts, strict=True):
             score = scorer.score(prompt.text, text)
             if isinstance(score, bool) or not isinstance(score, numbers.Real) or not math.isfinite(score):
@@ -222,7 +223,7 @@ def _room(models: Mapping[str, RoleModel], generation: GenerationSettings) -> in
 
 
 def _samples(
-    prompts: Sequence[Any], answers: Mapping[str, Answers], measured: Mapping[str, Measured]
+    prompts: Sequence[PromptExample], answers: Mapping[str, Answers], measured: Mapping[str, Measured]
 ) -> Iterable[dict[str, Any]]:
     for i, prompt in enumerate(prompts):
         told = {
@@ -237,7 +238,7 @@ def _samples(
         yield {"row": prompt.row, "prompt": prompt.text, "answers": told}
 
 
-def _score_rows(prompts: Sequence[Any], measured: Mapping[str, Measured]) -> Iterable[dict[str, Any]]:
+def _score_rows(prompts: Sequence[PromptExample], measured: Mapping[str, Measured]) -> Iterable[dict[str, Any]]:
     columns = {name: own.columns() for name, own in measured.items()}
     for i, prompt in enumerate(prompts):
         yield {"row": prompt.row} | {

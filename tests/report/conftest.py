@@ -16,6 +16,7 @@ import yaml
 
 from align.artifacts.manifest import Manifest, PolicyRecord, hardware, library_versions
 from align.artifacts.store import Store
+from align.data import DataReport
 from align.evaluation.metrics import Measured, compare_candidates
 from align.spec.model import LoraSettings, ModelSettings
 
@@ -148,16 +149,21 @@ def policy(name: str, base: str) -> PolicyRecord:
 
 def data_report(name: str, rng: np.random.Generator) -> dict[str, Any]:
     rows = int(rng.integers(1500, 8000))
-    wounded = name == "demonstrations"
-    return {
-        "rows_read": rows,
-        "records": rows - 31 * wounded,
-        "examples": rows - 40 * wounded,
-        "quarantined": {"field 'completion' is empty": 28, "not valid JSON": 3} if wounded else {},
-        "dropped": {"no room for a completion": 9} if wounded else {},
-        "truncated": 17 if wounded else 0,
-        "tokens": {"p50": 61, "p90": 82, "p99": 97, "max": 131},
-    }
+    quantiles = {"p50": 61, "p90": 82, "p99": 97, "max": 131}
+    if name != "demonstrations":
+        report = DataReport(rows_read=rows, records=rows, examples=rows, tokens={"total": quantiles})
+    else:
+        report = DataReport(
+            rows_read=rows,
+            records=rows - 31,
+            examples=rows - 40,
+            quarantined={"field 'completion' is empty": 28, "not valid JSON": 3},
+            dropped={"no room for a completion": 9},
+            noted={"input that says there is none": 147},
+            truncated=17,
+            tokens={"prompt": quantiles, "completion": quantiles},
+        )
+    return report.model_dump(mode="json")
 
 
 def training_lines(name: str, total: int, rng: np.random.Generator) -> list[dict[str, Any]]:

@@ -122,6 +122,8 @@ def test_everything_is_on_the_page(page: Page, run: Any) -> None:
         "dpo scores highest on gold",
         "28 quarantined: field 'completion' is empty",
         "9 dropped: no room for a completion",
+        "147 noted: input that says there is none",
+        "completion 61 / 82 / 131",
         "Rewards · margin",
         "LoRA adapter of rank 16 on base, nf4",
         "every parameter trained",

@@ -61,10 +61,11 @@ def test_data_table_tells_what_was_left_out(run: Any) -> None:
     text = printed(data_table(report))
     assert "28 quarantined: field 'completion' is empty" in text
     assert "9 dropped: no room for a completion" in text
+    assert "147 noted: input that says there is none" in text
 
 
 def test_data_table_survives_an_empty_report() -> None:
-    assert "nothing" in printed(data_table({"corpus": {}}))
+    assert printed(data_table({"corpus": {}})).split()[-5:] == ["corpus", *"––––"]
 
 
 def test_samples_stand_side_by_side_and_markup_stays_text() -> None:
