@@ -15,7 +15,7 @@ from typing import Any
 
 from align.data.records import BadRow, Conversation, Dropped, Message, Pair, Prompt, Record, Text, first_answer
 from align.data.sources import type_word
-from align.spec.data import Format
+from align.spec.data import FIELDS_OF_FORMAT, Format
 
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 """What a role is called in the wild -> what it is."""
@@ -29,39 +29,6 @@ NO_INPUT = re.compile(
     re.IGNORECASE,
 )
 """Inputs that say there is none. The last one is what machine translation made of `<noinput>`: "elderly input"."""
-
-
-@dataclass(frozen=True)
-class Fields:
-    """The fields that a format reads.
-
-    Attributes:
-        one_of: Groups of fields of which a row has to have one whole group.
-        optional: Fields it may have besides.
-    """
-
-    one_of: tuple[tuple[str, ...], ...]
-    optional: tuple[str, ...] = ()
-
-    @property
-    def names(self) -> list[str]:
-        return list(dict.fromkeys([*(name for group in self.one_of for name in group), *self.optional]))
-
-
-FIELDS: dict[Format, Fields] = {
-    "text": Fields((("text",),), ("weight",)),
-    "alpaca": Fields((("instruction", "output"),), ("input", "history", "system", "weight")),
-    "messages": Fields((("messages",),), ("weight",)),
-    "sharegpt": Fields((("conversations",),), ("system", "tools", "weight")),
-    "prompt_completion": Fields((("prompt", "completion"),), ("weight",)),
-    "pairs": Fields(
-        (("prompt", "chosen", "rejected"), ("conversations", "chosen", "rejected"), ("chosen", "rejected")),
-        ("system", "weight"),
-    ),
-    "prompts": Fields(
-        (("prompt",), ("messages",), ("conversations",), ("instruction",)), ("input", "history", "system")
-    ),
-}
 
 
 @dataclass
@@ -87,7 +54,7 @@ class Parser:
             BadRow: The row is malformed.
             Dropped: The row is well-formed and has nothing to train on.
         """
-        column_of = {name: self.columns.get(name, name) for name in FIELDS[self.format].names}
+        column_of = {name: self.columns.get(name, name) for name in FIELDS_OF_FORMAT[self.format].names}
         columns = Columns({name: row[column] for name, column in column_of.items() if column in row}, self)
         return _PARSERS[self.format](number, columns)
 

@@ -7,11 +7,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from align.data.formats import FIELDS, Parser
+from align.data.formats import Parser
 from align.data.records import BadRow, Dropped, Record, identity
 from align.data.sources import Row, Source, number_word, read_rows, source_name
 from align.errors import DataError, RecipeError
 from align.recipe.suggest import did_you_mean
+from align.spec.data import FIELDS_OF_FORMAT
 
 EXCERPT = 500
 """Characters of a malformed row that are kept."""
@@ -39,7 +40,7 @@ class Reading:
         self._parser = Parser(source.format, source.columns, source.system)
         self._bad: list[tuple[int, str, str]] = []
         self._columns: dict[str, None] = {}
-        fields = FIELDS[source.format].names
+        fields = FIELDS_OF_FORMAT[source.format].names
         for name in source.columns:
             if name not in fields:
                 raise RecipeError(
@@ -124,7 +125,7 @@ class Reading:
         """A column that no row has is a mistake of the whole file, not of its rows."""
         if not self._columns:
             return
-        fields, columns = FIELDS[self.source.format], self.source.columns
+        fields, columns = FIELDS_OF_FORMAT[self.source.format], self.source.columns
         found = ", ".join(self._columns)
         for field, column in columns.items():
             if column not in self._columns:

@@ -16,21 +16,11 @@ from align.errors import DataError, LaunchError, RecipeError
 from align.recipe.env import resolve_env
 from align.recipe.sources import plugin, plugins
 from align.recipe.suggest import did_you_mean
-from align.spec.data import FileData, GeneratedData, HubData
+from align.spec.data import FILE_KINDS, FileData, GeneratedData, HubData
 
 Row = dict[str, Any]
 Rows = Iterator[tuple[int, Row | BadRow]]
 Source = FileData | HubData | GeneratedData
-
-KINDS = {
-    ".json": "json",
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".parquet": "parquet",
-    ".csv": "csv",
-    ".tsv": "tsv",
-}
-"""How a file is read, by the end of its name (a further `.gz` is taken off first)."""
 
 
 def read_rows(source: Source, folder: Path) -> Rows:
@@ -82,10 +72,10 @@ def _path(source: FileData, folder: Path) -> Path:
 
 def _kind(path: Path) -> str:
     name = path.name.lower().removesuffix(".gz")
-    kind = KINDS.get(Path(name).suffix)
+    kind = FILE_KINDS.get(Path(name).suffix)
     if kind is None:
         raise RecipeError(
-            f"{path}: no reader for this kind of file", fix=f"name it {', '.join(KINDS)} (or any of these .gz)"
+            f"{path}: no reader for this kind of file", fix=f"name it {', '.join(FILE_KINDS)} (or any of these .gz)"
         )
     return kind
 

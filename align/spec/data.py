@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union
 
 from pydantic import Discriminator, Field, NonNegativeInt, PositiveInt, Tag
 
 from align.spec.base import Registered, Settings, cosmetic
+
+FILE_KINDS = {
+    ".json": "json",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".tsv": "tsv",
+}
+"""How a file is read, by the end of its name (a further `.gz` is taken off first)."""
 
 Format = Literal["text", "alpaca", "messages", "sharegpt", "prompt_completion", "pairs", "prompts"]
 
@@ -20,6 +31,40 @@ RECORDS_OF_FORMAT: dict[str, str] = {
     "prompts": "prompt",
 }
 """The record type each format is read as. A conversation or a pair also serves where a prompt is wanted."""
+
+
+@dataclass(frozen=True)
+class Fields:
+    """The fields that a format reads.
+
+    Attributes:
+        one_of: Groups of fields of which a row has to have one whole group.
+        optional: Fields it may have besides.
+    """
+
+    one_of: tuple[tuple[str, ...], ...]
+    optional: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> list[str]:
+        return list(dict.fromkeys([*(name for group in self.one_of for name in group), *self.optional]))
+
+
+FIELDS_OF_FORMAT: dict[Format, Fields] = {
+    "text": Fields((("text",),), ("weight",)),
+    "alpaca": Fields((("instruction", "output"),), ("input", "history", "system", "weight")),
+    "messages": Fields((("messages",),), ("weight",)),
+    "sharegpt": Fields((("conversations",),), ("system", "tools", "weight")),
+    "prompt_completion": Fields((("prompt", "completion"),), ("weight",)),
+    "pairs": Fields(
+        (("prompt", "chosen", "rejected"), ("conversations", "chosen", "rejected"), ("chosen", "rejected")),
+        ("system", "weight"),
+    ),
+    "prompts": Fields(
+        (("prompt",), ("messages",), ("conversations",), ("instruction",)), ("input", "history", "system")
+    ),
+}
+"""What a row of each format is made of, and so what `columns` can rename."""
 
 
 class DataSettings(Settings):
