@@ -28,8 +28,8 @@ LIVE_PARAMETERS = 10**9
 KEPT_PER_LAYER = {("lora", 4): (6, 4), ("lora", 2): (18, 5), ("full", 4): (8, 4), ("full", 2): (10, 4)}
 """(what is trained, bytes of the compute dtype) -> a, b.
 
-Per token a layer keeps a x hidden + b x intermediate + 2 x keys numbers for the backward pass: a fit to the tensors that
-autograd saves in transformers' Llama with SDPA. Adapters in fp32 copy their bf16 inputs.
+Per token a layer keeps a x hidden + b x intermediate + 2 x keys numbers for the backward pass: a fit to what autograd
+saves in transformers' Llama with SDPA. Adapters in fp32 copy their bf16 inputs.
 """
 
 
