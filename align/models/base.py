@@ -98,6 +98,7 @@ def new_base(architecture: Architecture, tokenizer: PreTrainedTokenizerBase, see
         num_key_value_heads=architecture.kv_heads or architecture.heads,
         max_position_embeddings=architecture.max_positions,
         tie_word_embeddings=architecture.tie_embeddings,
+        initializer_range=architecture.initializer_range,
         **special,
     )
     with torch.random.fork_rng():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from align.spec.base import Settings, cosmetic, unordered
 
@@ -65,6 +65,8 @@ class Architecture(Settings):
     """Key-value heads; as many as `heads` if absent."""
     max_positions: PositiveInt = 512
     tie_embeddings: bool = True
+    initializer_range: PositiveFloat = 0.02
+    """Standard deviation of the random weights. A small model learns to copy from its prompt much sooner with 0.1."""
 
 
 class TokenizerSettings(Settings):
