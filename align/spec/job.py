@@ -49,5 +49,3 @@ class Status(Settings):
     exit_code: int | None = None
     """The worker's own exit code: launchers turn every failure into 1."""
     pid: int = 0
-    updated: float = 0.0
-    """Seconds since the epoch."""

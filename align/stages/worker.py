@@ -47,7 +47,6 @@ class Reporter:
             message=message,
             exit_code=exit_code,
             pid=os.getpid(),
-            updated=time.time(),
         )
         write_atomic(self.path, status.model_dump_json())
 
