@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from align.evaluation.statistics import Interval
-from align.report.numbers import as_interval, column_decimals, heading, metric_heading
+from align.report.numbers import as_interval, column_decimals, heading, metric_heading, short
 from align.report.plots import Point, Series, interval_plot, line_plot, scatter_plot
 from align.report.verdict import Results, deciding_metric
 
@@ -36,10 +36,9 @@ def training_figures(metrics: Sequence[dict[str, Any]]) -> list[Figure]:
         metrics: Lines of a `metrics.jsonl`.
     """
     columns = _columns(metrics)
-    names = dict.fromkeys(key.removeprefix(HELDOUT) for key in columns)
     groups: dict[str, list[str]] = {}
-    for name in names:
-        if name != "loss" and _same(columns.get(name), columns.get("loss")):
+    for name in _names(columns):
+        if _measured_once(name, columns) or (name != "loss" and _same(columns.get(name), columns.get("loss"))):
             continue
         stem, _, side = name.rpartition("/")
         groups.setdefault(stem if side in SIDES else name, []).append(name)
@@ -48,6 +47,15 @@ def training_figures(metrics: Sequence[dict[str, Any]]) -> list[Figure]:
     ordered += [g for g in LAST if g in groups]
     figures = (_figure(group, groups[group], columns) for group in ordered)
     return [figure for figure in figures if figure is not None]
+
+
+def single_values(metrics: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Heading and value of what was logged once only, and so is no curve."""
+    columns = _columns(metrics)
+    once = [name for name in _names(columns) if _measured_once(name, columns)]
+    return [
+        (heading(key), short(columns[key][0][1])) for name in once for key in (name, HELDOUT + name) if key in columns
+    ]
 
 
 def comparison_figures(results: Results) -> list[Figure]:
@@ -97,11 +105,20 @@ def _columns(metrics: Sequence[dict[str, Any]]) -> dict[str, Column]:
     return {key: sorted(column, key=lambda point: point[0]) for key, column in columns.items()}
 
 
+def _names(columns: dict[str, Column]) -> list[str]:
+    """Metrics in the order they were first logged, a held-out one under the name of its training metric."""
+    return list(dict.fromkeys(key.removeprefix(HELDOUT) for key in columns))
+
+
+def _measured_once(name: str, columns: dict[str, Column]) -> bool:
+    return all(len(columns.get(key, ())) <= 1 for key in (name, HELDOUT + name))
+
+
 def _same(one: Column | None, other: Column | None) -> bool:
-    """Whether a metric is the loss under another name."""
+    """Whether a metric is the loss under another name: no eye would tell the curves apart."""
     if not one or not other or len(one) != len(other):
         return False
-    return all(a[0] == b[0] and math.isclose(a[1], b[1], rel_tol=1e-4) for a, b in zip(one, other, strict=True))
+    return all(a[0] == b[0] and math.isclose(a[1], b[1], rel_tol=5e-3) for a, b in zip(one, other, strict=True))
 
 
 def _figure(group: str, names: Sequence[str], columns: dict[str, Column]) -> Figure | None:

@@ -9,6 +9,8 @@ from typing import Any
 from align.evaluation.statistics import Interval
 
 MISSING = "–"
+UNITS = ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k"))
+"""(least number it is used for, scale, unit)."""
 
 
 def as_interval(value: Any) -> Interval | None:
@@ -52,9 +54,9 @@ def short(value: float) -> str:
         return "0"
     if size < 1e-3:
         return _scientific(value)
-    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if size >= limit:
-            return f"{_trimmed(value / (1e3 if unit == 'k' else limit), 1)}{unit}"
+    for least, scale, unit in UNITS:
+        if size >= least:
+            return f"{_trimmed(value / scale, 1)}{unit}"
     return _trimmed(value, max(0, 2 - math.floor(math.log10(size))))
 
 
@@ -71,13 +73,14 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def tick_labels(values: Sequence[float]) -> list[str]:
-    """Labels of ticks, all with the decimals that their step needs."""
+    """Labels of ticks, all in one unit and with the decimals that their step needs."""
     step, size = values[1] - values[0], max(abs(v) for v in values)
-    if size >= 1e4 or step < 5e-4:
-        text = short if size >= 1e4 else _scientific
-        return [text(v) if abs(v) > step / 2 else "0" for v in values]
+    if size < 1e4 and step < 5e-4:
+        return [_scientific(v) if abs(v) > step / 2 else "0" for v in values]
+    scale, unit = next(((scale, unit) for least, scale, unit in UNITS if size >= least), (1.0, ""))
+    step /= scale
     decimals = next(d for d in range(7) if abs(step * 10**d - round(step * 10**d)) < 1e-6)
-    return [fixed(v, decimals) for v in values]
+    return [fixed(v / scale, decimals) + (unit if abs(v) > step / 2 else "") for v in values]
 
 
 def column_decimals(results: Mapping[str, Any], metric: str) -> int:

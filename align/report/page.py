@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from align.artifacts.seal import write_atomic
 from align.report import numbers, verdict
-from align.report.charts import comparison_figures, training_figures
+from align.report.charts import comparison_figures, single_values, training_figures
 from align.report.graph import graph_plot
 from align.report.read import Json, RunFiles, StageFiles, read_run
 from align.report.remarks import lengths, remarks
@@ -153,6 +153,7 @@ def _stage(run: RunFiles, stage: StageFiles) -> Json:
             ("Peak memory", numbers.size(made.peak_memory_bytes)),
             *([("Seed", str(made.seed))] if made.seed is not None else []),
         ]
+    facts += single_values(stage.metrics)
     return {
         "stage": stage,
         "anchor": _anchor(run, stage),

@@ -63,10 +63,10 @@ def finding(results: Results) -> str | None:
     scored = {name: interval for name, interval in means.items() if interval is not None}
     if not metric or not scored:
         return None
-    best = max(scored, key=lambda name: scored[name].mean)
+    best = max(scored, key=lambda name: (scored[name].mean, name == baseline))
     value = fixed(scored[best].mean, decimals_of(scored[best]))
     if best == baseline:
-        return f"The baseline {baseline} scores highest on {metric}, {value}: no candidate improves on it."
+        return f"No candidate scores above the baseline {baseline} on {metric}, {value}."
     lead = _lead(results, best, metric)
     if direction(results, best, metric) == 1:
         return f"{best} scores highest on {metric}, {value}, above {baseline}{lead}{_price(results, best)}."

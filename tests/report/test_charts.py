@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from align.report.charts import comparison_figures, training_figures
+from align.report.charts import comparison_figures, single_values, training_figures
 
 
 def titles(lines: list[dict]) -> list[str]:
@@ -50,8 +50,16 @@ def test_sides_are_named_and_keep_their_colours_when_held_out() -> None:
 
 
 def test_the_loss_is_not_drawn_twice() -> None:
-    assert titles([{"step": 1, "loss": 2.0, "nll_per_token": 2.00001}]) == ["Loss"]
-    assert titles([{"step": 1, "loss": 2.0, "nll_per_token": 1.9}]) == ["Loss", "Nll per token"]
+    lines = [{"step": 1, "loss": 2.0, "nll_per_token": 2.001}, {"step": 2, "loss": 1.0, "nll_per_token": 1.0}]
+    assert titles(lines) == ["Loss"]
+    lines[1]["nll_per_token"] = 0.95
+    assert titles(lines) == ["Loss", "Nll per token"]
+
+
+def test_what_is_logged_once_is_a_number_and_no_curve() -> None:
+    lines = [{"step": 0, "start/log_ratio": 0.25}, *({"step": s, "loss": 1.0 / s} for s in (1, 2))]
+    assert titles(lines) == ["Loss"]
+    assert single_values(lines) == [("Start · log ratio", "0.25")]
 
 
 def test_what_is_not_finite_is_counted() -> None:

@@ -74,9 +74,10 @@ def test_finding_calls_chance_chance() -> None:
     assert "within chance" in text
 
 
-def test_finding_admits_that_nothing_improved() -> None:
-    text = finding(results({"gold": interval(0.4)}, {"gold": interval(-0.1)}))
-    assert text == "The baseline sft scores highest on gold, 0.500: no candidate improves on it."
+@pytest.mark.parametrize("mean", [0.4, 0.5], ids=["worse", "a tie"])
+def test_finding_admits_that_nothing_improved(mean: float) -> None:
+    text = finding(results({"gold": interval(mean)}, {"gold": interval(mean - 0.5)}))
+    assert text == "No candidate scores above the baseline sft on gold, 0.500."
 
 
 def test_no_scores_no_finding() -> None:
