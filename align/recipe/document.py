@@ -7,6 +7,7 @@ may expand to a bounded size only.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from dataclasses import dataclass, field
@@ -162,8 +163,7 @@ class _Builder:
             if name in own:
                 first = _line(own[name][0])
                 raise self.error(key, f"key `{name}` is given twice (first in line {first})", "remove one of the two")
-            if key.style is None and value.value == "" and re.match(r"\w+:\S", name):
-                raise self.error(key, f"no space after the colon in `{name}`", f"write `{name.replace(':', ': ', 1)}`")
+            self.check_colon(value, key)
             own[name] = key, value
         for name, (key, value) in own.items():
             if name in merged:
@@ -171,6 +171,13 @@ class _Builder:
             self.lines[(*loc, name)] = _line(key)
             merged[name] = self.value(value, (*loc, name))
         return merged
+
+    def check_colon(self, value: yaml.Node, key: yaml.ScalarNode) -> None:
+        """`{beta:0.1}` is a key without a value, and `beta:0.1` under a key is a text: neither is ever meant."""
+        lone = key if value.value == "" else value if _line(value) > _line(key) else None
+        if isinstance(lone, yaml.ScalarNode) and lone.style is None and re.match(r"[A-Za-z_]\w*:\S", lone.value):
+            fix = f"write `{lone.value.replace(':', ': ', 1)}`"
+            raise self.error(lone, f"no space after the colon in `{lone.value}`", fix)
 
     def merged(self, node: yaml.Node, loc: Loc) -> dict[str, Any]:
         """What `<<: *alias` brings in; a key of the mapping itself, or of an earlier entry, wins."""
@@ -247,9 +254,25 @@ def _syntax_error(error: yaml.YAMLError, text: str, name: str) -> RecipeError:
     opened = re.search(r"flow (sequence|mapping)|quoted scalar|simple key", error.context or "")
     mark = (opened and error.context_mark) or error.problem_mark or error.context_mark
     line = mark.line + 1 if mark else 1
-    if "mapping values" in story and line > 1 and _NO_SPACE.match(text.splitlines()[line - 2]):
+    if "mapping" in story and line > 1 and _NO_SPACE.match(text.splitlines()[line - 2]):
         return RecipeError("no space after the colon", where=f"{name}:{line - 1}", fix="write `key: value`")
+    if (opened_at := _long_quote(text, line)) is not None:
+        return RecipeError(f"a quote is closed only in line {line}", where=f"{name}:{opened_at}", fix="close the quote")
     fix = next(
         (fix for pattern, fix in _FIXES if re.search(pattern, story)), "see the line for a missing bracket or quote"
     )
     return RecipeError(f"not valid YAML: {story}", where=f"{name}:{line}", fix=fix)
+
+
+def _long_quote(text: str, line: int) -> int | None:
+    """The line where a quoted text begins that ends in a later line, the one where the parser stumbled."""
+    with contextlib.suppress(yaml.YAMLError):
+        for token in yaml.scan(text, Loader=_Loader):
+            ends = token.end_mark.line + 1
+            if (
+                isinstance(token, yaml.ScalarToken)
+                and token.style in ('"', "'")
+                and ends == line > token.start_mark.line + 1
+            ):
+                return int(token.start_mark.line) + 1
+    return None

@@ -20,7 +20,7 @@ from align.recipe.references import references
 from align.recipe.suggest import did_you_mean
 from align.recipe.validate import validate
 from align.spec.base import Registered
-from align.spec.data import FileData, GeneratedData
+from align.spec.data import FIELDS_OF_FORMAT, FILE_KINDS, DataSource, FileData, GeneratedData
 
 
 def base_folder(name: str, folder: Path) -> Path | None:
@@ -95,6 +95,7 @@ class Sources:
         """Everything outside that is not there."""
         yield from self._plugins()
         for name, source in self.loaded.recipe.data.items():
+            yield from self._columns(name, source)
             if isinstance(source, FileData):
                 yield from self._file(name, source)
             elif isinstance(source, GeneratedData) and source.generator in plugins("align.generators"):
@@ -126,17 +127,32 @@ class Sources:
                     f"one of: {', '.join(known) or 'none is installed'}",
                 )
 
-    def _file(self, name: str, source: FileData) -> Iterator[RecipeError]:
+    def _columns(self, entry: str, source: DataSource) -> Iterator[RecipeError]:
+        known = FIELDS_OF_FORMAT[source.format].names
+        for name in source.columns:
+            if name not in known:
+                yield self._error(
+                    ("data", entry, "columns", name),
+                    f"format {source.format} has no field `{name}`{did_you_mean(name, known)}",
+                    f"its fields: {', '.join(known)}",
+                )
+
+    def _file(self, entry: str, source: FileData) -> Iterator[RecipeError]:
         path = self.path(source)
+        name = path.name.lower().removesuffix(".gz")
+        if Path(name).suffix not in FILE_KINDS:
+            fix = f"name it {', '.join(FILE_KINDS)} (or any of these .gz)"
+            yield self._error(("data", entry, "path"), f"nothing reads a file that is called {source.path}", fix)
+            return
         if _is("file", path):
             return
         if _is("dir", path):
-            yield self._error(("data", name, "path"), f"{source.path} is a folder", "name a file in it")
+            yield self._error(("data", entry, "path"), f"{source.path} is a folder", "name a file in it")
             return
         beside = [each.name for each in path.parent.iterdir()] if _is("dir", path.parent) else []
         hint = did_you_mean(path.name, beside)
         yield self._error(
-            ("data", name, "path"),
+            ("data", entry, "path"),
             f"there is no file {source.path}{hint}",
             f"paths start at {self.loaded.path.parent}/",
         )

@@ -122,7 +122,8 @@ class _Draft:
             tags = [tag for m in models_in(spot.expected) if (tag := str(m.model_fields[key].default))]
             return self._value_slip((*spot.loc, key), tags)
         if error["type"] == "literal_error" and not self._other_form(spot):
-            return self._value_slip(spot.loc, options(spot.choices[-1][1] if spot.choices else spot.expected))
+            union = next((annotation for loc, annotation, _ in spot.choices if loc == spot.loc), None)
+            return self._value_slip(spot.loc, options(spot.expected if union is None else union))
         return None
 
     def _key_slip(self, spot: Spot) -> Slip | None:
