@@ -9,10 +9,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from align.data import DataReport
-
 from align.artifacts.manifest import Manifest, PolicyRecord, hardware, library_versions
 from align.artifacts.store import Store
+from align.data import DataReport
 from align.models.card import write_card
 from align.models.roles import RoleModel
 from align.models.save import MODEL, save_policy

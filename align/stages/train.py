@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from align.data import DataReport, Example, load_examples, split_validation
-from align.data.check import training_texts
 from torch import nn
 
 from align.artifacts.manifest import PolicyRecord
 from align.artifacts.store import Store
+from align.data import DataReport, Example, load_examples, split_validation
+from align.data.chat import LossOn
+from align.data.check import training_texts
 from align.logps import check_head
 from align.methods import Method, get_method
 from align.methods.pretrain import Pretrain
@@ -142,7 +143,7 @@ def _examples(
 ) -> tuple[list[Example], dict[str, DataReport]]:
     """Examples of the stage; every rank reads the same list, rank 0 alone writes the quarantine file."""
     name: str = settings.data  # type: ignore[attr-defined]
-    loss_on = "all" if isinstance(settings, Pretrain) else getattr(settings, "loss_on", "completion")
+    loss_on: LossOn = "all" if isinstance(settings, Pretrain) else getattr(settings, "loss_on", "completion")
     quarantine = Path(job.work) / "quarantine.jsonl" if collectives.rank() == 0 else None
     examples, report = load_examples(
         job.data[name],
