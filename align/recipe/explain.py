@@ -211,8 +211,8 @@ def _unknown_key(spot: Spot) -> Problem:
         told = f"`{mine}` takes no `{name}`" + ("" if name in theirs else f"; {listed(theirs)} would")
         return Problem(SLIP, spot.loc, told, "remove it")
     if near := nearest(name, model.model_fields):
-        first = f"; did you mean `{near[0]}`, which is given already?"
-        return Problem(SLIP, spot.loc, unknown + first, f"remove `{name}`, or let it take the other's place")
+        fix = f"`{near[0]}` is given already: change it there, and remove `{name}`"
+        return Problem(SLIP, spot.loc, f"{unknown}; did you mean `{near[0]}`?", fix)
     part_of = [field for field in model.model_fields if name in field.split("_") or f"_{name}" in field]
     hint = f"; did you mean `{part_of[0]}`?" if len(part_of) == 1 else ""
     return Problem(SLIP, spot.loc, unknown + hint, f"known here: {listed(list(model.model_fields), limit=99)}")

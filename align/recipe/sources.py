@@ -138,24 +138,17 @@ class Sources:
                 )
 
     def _file(self, entry: str, source: FileData) -> Iterator[RecipeError]:
-        path = self.path(source)
-        name = path.name.lower().removesuffix(".gz")
-        if Path(name).suffix not in FILE_KINDS:
-            fix = f"name it {', '.join(FILE_KINDS)} (or any of these .gz)"
-            yield self._error(("data", entry, "path"), f"nothing reads a file that is called {source.path}", fix)
-            return
-        if _is("file", path):
-            return
+        path, loc = self.path(source), ("data", entry, "path")
         if _is("dir", path):
-            yield self._error(("data", entry, "path"), f"{source.path} is a folder", "name a file in it")
-            return
-        beside = [each.name for each in path.parent.iterdir()] if _is("dir", path.parent) else []
-        hint = did_you_mean(path.name, beside)
-        yield self._error(
-            ("data", entry, "path"),
-            f"there is no file {source.path}{hint}",
-            f"paths start at {self.loaded.path.parent}/",
-        )
+            yield self._error(loc, f"{source.path} is a folder", "name a file in it")
+        elif Path(path.name.lower().removesuffix(".gz")).suffix not in FILE_KINDS:
+            fix = f"name it {', '.join(FILE_KINDS)} (or any of these .gz)"
+            yield self._error(loc, f"nothing reads a file that is called {source.path}", fix)
+        elif not _is("file", path):
+            beside = [each.name for each in path.parent.iterdir()] if _is("dir", path.parent) else []
+            hint = did_you_mean(path.name, beside)
+            fix = f"paths start at {self.loaded.path.parent}/"
+            yield self._error(loc, f"there is no file {source.path}{hint}", fix)
 
     def _generator(self, name: str, source: GeneratedData) -> Iterator[RecipeError]:
         """Asks the generator itself: its parts, the format of its rows, its options."""

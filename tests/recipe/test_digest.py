@@ -6,7 +6,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -300,6 +302,59 @@ def test_a_branch_is_looked_up_in_the_cache_when_there_is_no_network(
     assert known.unresolved == {}
     assert prints(known) == prints(check(HUB.replace("REV", COMMIT)))
     assert changed(unknown, known) == ["sft"]
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Answers as the Hub does: a commit for someone/*, no such repository for others."""
+
+    def do_GET(self) -> None:
+        known = "/someone/" in self.path and "nowhere" not in self.path
+        body = json.dumps({"id": "someone/x", "sha": COMMIT} if known else {"error": "Repository not found"}).encode()
+        self.send_response(200 if known else 404)
+        if not known:
+            self.send_header("X-Error-Code", "RevisionNotFound" if "nowhere" in self.path else "RepoNotFound")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A Hub on this machine."""
+    from huggingface_hub import close_session, constants
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    close_session()
+    yield
+    close_session()
+    server.shutdown()
+    server.server_close()
+
+
+def test_the_hub_is_asked_for_the_commit_of_a_branch(check: Check, hub: None) -> None:
+    graph = check(HUB.replace("revision: REV", "revision: v1"))
+    assert graph.unresolved == {}
+    assert prints(graph) == prints(check(HUB.replace("REV", COMMIT)))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("someone/model", "nobody/model", "2: model.base: the Hub has no model `nobody/model` at v1"),
+        ("someone/rows", "nobody/rows", "4: data.rows.hub: the Hub has no dataset `nobody/rows` at v1"),
+        ("someone/model, revision: v1", "someone/model, revision: nowhere", "2: model.base: the Hub has no model"),
+    ],
+)
+def test_what_the_hub_does_not_have_is_an_error(check: Check, hub: None, old: str, new: str, told: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        check(HUB.replace("REV", "v1").replace(old, new))
+    assert f"recipe.yaml:{told}" in str(caught.value)
 
 
 def test_a_name_that_the_hub_does_not_take_is_an_error(check: Check) -> None:

@@ -183,6 +183,18 @@ def test_a_long_chain_is_no_problem(check: Check) -> None:
             "5: data.pairs.path: there is no file pears.jsonl; did you mean `pairs.jsonl`?",
             "paths start at",
         ),
+        (
+            "path: pairs.jsonl",
+            "path: pairs.txt",
+            "5: data.pairs.path: nothing reads a file that is called pairs.txt",
+            "name it .json",
+        ),
+        (
+            "format: pairs}",
+            "format: pairs, columns: {chosn: good}}",
+            "5: data.pairs.columns.chosn: format pairs has no field `chosn`; did you mean `chosen`?",
+            "its fields: prompt,",
+        ),
         ("path: pairs.jsonl", "path: .", "5: data.pairs.path: . is a folder", "name a file in it"),
         (
             "part: corpus",
