@@ -24,6 +24,9 @@ from align.errors import DataError
 T = TypeVar("T")
 LossOn = Literal["completion", "all"]
 
+NEUTRAL = ("\n", "a", ":")
+"""What a piece is tokenised behind if it merges with what really stands there; EOS, if it merges with all of these."""
+
 NO_ROOM = "prompt leaves no room for a completion"
 CUT_AWAY = "completion truncated away"
 EQUAL = "chosen equals rejected after truncation"
@@ -161,13 +164,12 @@ class ChatEncoder:
         for message in messages:
             content = message["content"]
             if self._special.search(content):
-                if message["role"] == "assistant":
-                    content = self._trailing_special.sub("", content)
-                    self.noted["control token at the end of an answer left off"] += 1
-                    if not content.strip():
-                        raise Dropped(EMPTY)
+                content = self._trailing_special.sub("", content) if message["role"] == "assistant" else content
                 if self._special.search(content):
                     raise Dropped(CONTROL)
+                if not content.strip():
+                    raise Dropped(EMPTY)
+                self.noted["control token at the end of an answer left off"] += 1
             cleaned.append(Message(role=message["role"], content=content))
         return cleaned
 
@@ -175,8 +177,7 @@ class ChatEncoder:
         """Token ids of every piece.
 
         A piece is tokenised behind what stands before it, so that it gets a prefix space or none as it would in the
-        whole text, and those first tokens are taken off. Where they merge with the piece, it is tokenised behind EOS,
-        with which nothing merges.
+        whole text, and those first tokens are taken off.
         """
         texts: dict[Piece, None] = {}
         pieces: dict[Piece, None] = {}
@@ -190,11 +191,16 @@ class ChatEncoder:
         before = dict(zip(contexts, self._ids(contexts), strict=True))
         for piece, found in zip(pieces, self._ids([piece.after + piece.text for piece in pieces]), strict=True):
             context = before[piece.after]
-            if found[: len(context)] == context:
-                ids[piece] = found[len(context) :]
-            else:
-                ids[piece] = self._ids([self.tokenizer.eos_token + piece.text])[0][1:]
+            ids[piece] = found[len(context) :] if found[: len(context)] == context else self._apart(piece.text)
         return ids
+
+    def _apart(self, text: str) -> list[int]:
+        """Token ids of a text that would merge with what stands before it: as within a text, but unmerged."""
+        for context in NEUTRAL:
+            before, found = self._ids([context, context + text])
+            if found[: len(before)] == before:
+                return found[len(before) :]
+        return self._ids([str(self.tokenizer.eos_token) + text])[0][1:]
 
     def _ids(self, texts: list[str], *, whole: bool = False) -> list[list[int]]:
         """Token ids of texts; `whole` ones get what the tokenizer puts around a text (BOS)."""
