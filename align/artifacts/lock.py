@@ -21,7 +21,7 @@ def locked(path: Path, what: str) -> Iterator[int]:
     """Hold a lock file; its text tells who holds it.
 
     Args:
-        path: The file; its folder exists. Its holder may delete it.
+        path: The file. Its holder may delete it, its folder too.
         what: What is being done under the lock, for the message that others get.
 
     Yields:
@@ -57,7 +57,11 @@ def is_locked(path: Path) -> bool:
 def _take(path: Path) -> int:
     end = time.monotonic() + PATIENCE_SECONDS
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:  # its folder too may have been deleted just now
+            path.parent.mkdir(parents=True, exist_ok=True)
+            continue
         try:
             _flock(descriptor, end)
             if _is_at(descriptor, path):

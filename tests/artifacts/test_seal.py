@@ -5,7 +5,6 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from align.artifacts.seal import (
     write_atomic,
 )
 from align.errors import ArtifactError
-from tests.artifacts.processes import die_before_file_operation, fork, wait
+from tests.artifacts.processes import die_before_file_operation, fork, small_disk, wait
 
 
 def filled(folder: Path) -> Path:
@@ -227,44 +226,36 @@ def test_readers_of_a_file_that_is_written_all_the_time_see_it_whole(tmp_path: P
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A real file system of 128 KiB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", disk], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip("mounting a small disk needs root")
-    yield disk
-    subprocess.run(["umount", disk], check=True)
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path / "disk", "128k") as disk:
+        yield disk
 
 
-def test_a_full_disk_is_told_with_the_sizes_and_leaves_the_old_file(small_disk: Path) -> None:
-    path = small_disk / "status.json"
+def test_a_full_disk_is_told_with_the_sizes_and_leaves_the_old_file(tiny_disk: Path) -> None:
+    path = tiny_disk / "status.json"
     write_atomic(path, "old")
     with pytest.raises(ArtifactError, match=r"at least 200000 bytes are needed, \d+ are free") as caught:
         write_atomic(path, "x" * 200_000)
     assert caught.value.where == str(path)
     assert "ALIGN_HOME" in (caught.value.fix or "")
     assert path.read_text() == "old"
-    assert [each.name for each in small_disk.iterdir()] == ["status.json"]
+    assert [each.name for each in tiny_disk.iterdir()] == ["status.json"]
 
 
-def test_a_disk_that_fills_up_while_a_folder_is_filled_is_told(small_disk: Path) -> None:
-    folder = small_disk / "folder"
+def test_a_disk_that_fills_up_while_a_folder_is_filled_is_told(tiny_disk: Path) -> None:
+    folder = tiny_disk / "folder"
     folder.mkdir()
     (folder / "one").write_bytes(b"1" * 65536)
     with pytest.raises(ArtifactError, match="at least 131072 bytes are needed"), told_when_full(folder):
         (folder / "two").write_bytes(b"2" * 131072)
 
 
-def test_safetensors_without_space_are_told(small_disk: Path) -> None:
+def test_safetensors_without_space_are_told(tiny_disk: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    with pytest.raises(ArtifactError, match="no space left on the disk"), told_when_full(small_disk):
-        save_file({"w": torch.zeros(100_000)}, small_disk / "weights.safetensors")
+    with pytest.raises(ArtifactError, match="no space left on the disk"), told_when_full(tiny_disk):
+        save_file({"w": torch.zeros(100_000)}, tiny_disk / "weights.safetensors")
 
 
 def test_a_file_size_limit_counts_as_a_full_disk(tmp_path: Path) -> None:
