@@ -120,12 +120,13 @@ class Lineage:
     def _agree_on_base(self, name: str, parent_name: str, parent: Policy, model: ModelSettings) -> None:
         own = getattr(self.loaded.stages[name], "model", None)
         explicit = own is not None and own.base is not None
-        lineage = {parent_name if parent.adapter is None else parent.model.base}
-        if model.base not in (lineage if explicit else parent.ancestors | lineage):
+        base = parent_name if parent.adapter is None else parent.model.base
+        if model.base not in ({base} if explicit else parent.ancestors | {base}):
+            stands = "is a base of its own" if parent.adapter is None else f"stands on `{base}`"
             self._error(
                 self._model_loc(name, "base"),
-                f"`{name}` goes on from `{parent_name}`, which stands on `{parent.model.base}`, not on `{model.base}`",
-                f"write `model: {{base: {sorted(lineage)[0]}}}` in stage `{name}`, or another `policy`",
+                f"`{name}` goes on from `{parent_name}`, which {stands}: its base cannot be `{model.base}`",
+                f"write `model: {{base: {base}}}` in stage `{name}`, or another `policy`",
             )
 
     def _same_adapter(
@@ -180,14 +181,19 @@ class Lineage:
 
 
 def declared_model(loaded: LoadedRecipe, name: str, stage: PolicyStage) -> ModelSettings | None:
-    """The recipe's model with the stage's overrides; None if neither names a base."""
+    """The recipe's model with the stage's overrides, inside the adapter too; None if neither names a base."""
     own: dict[str, Any] = {}
     if stage.model is not None:
         own = {key: value for key in stage.model.model_fields_set if (value := getattr(stage.model, key)) is not None}
     if loaded.recipe.model is not None:
+        general = loaded.recipe.model
         # Another base has revisions of its own.
         stale = {"revision": None} if "base" in own else {}
-        return loaded.recipe.model.model_copy(update=stale | own)
+        if isinstance(own.get("adapter"), LoraSettings) and isinstance(general.adapter, LoraSettings):
+            adapter = own["adapter"]
+            given = {key: getattr(adapter, key) for key in adapter.model_fields_set}
+            own["adapter"] = general.adapter.model_copy(update=given)
+        return general.model_copy(update=stale | own)
     return ModelSettings(**own) if "base" in own else None
 
 

@@ -171,4 +171,4 @@ def yaml_tricks(text: str, rng: random.Random) -> Iterator[Broken]:
             yield Broken("a control character", edited(i, line.rstrip("\n") + "\x01\n"), i + 1)
     layers = "".join(f"    - &b{n} [{', '.join([f'*b{n - 1}'] * 10)}]\n" for n in range(1, 9))
     yield Broken("a bomb", text + "bomb:\n    - &b0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + layers, 0)
-    yield Broken("a deep nest", text + f"deep: {'[' * 5000}\n", 0)
+    yield Broken("a deep nest", text + f"deep: {'[' * 300}\n", 0)

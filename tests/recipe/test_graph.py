@@ -65,6 +65,18 @@ def test_a_stage_overrides_model_and_launch(check: Check) -> None:
     assert (graph.nodes["sft"].launch.processes, graph.nodes["dpo"].launch.processes) == (2, 4)
 
 
+def test_an_override_of_the_adapter_keeps_what_it_does_not_name(check: Check) -> None:
+    head = HEAD.replace("nf4}", "nf4, adapter: {rank: 8, alpha: 4, targets: [q_proj]}}")
+    stages = "  sft: {kind: sft, data: corpus, model: {adapter: {rank: 2}}}\n"
+    stages += (
+        "  dpo: {kind: dpo, policy: sft, reference: sft, data: pairs, model: {adapter: {rank: 2, dropout: 0.1}}}\n"
+    )
+    graph = check(head + BASE + stages + COMPARE)
+    adapters = [graph.nodes[name].model.adapter for name in ("sft", "dpo")]
+    assert [(each.rank, each.alpha, each.targets) for each in adapters] == [(2, 4, ["q_proj"])] * 2
+    assert [each.dropout for each in adapters] == [0.0, 0.1]
+
+
 @pytest.mark.parametrize(
     ("stages", "order"),
     [
@@ -326,9 +338,9 @@ def test_lineages_that_work(check: Check, stages: list[str], bases: dict[str, st
         ([SFT, dpo('sft', model='{adapter: none}')],
          "9: stages.d.model.adapter: `d` has adapter none, its parent `sft` has lora"),
         ([SFT, dpo('sft', model='{base: Qwen/Qwen3-0.6B}')],
-         "9: stages.d.model.base: `d` goes on from `sft`, which stands on `base`, not on `Qwen/Qwen3-0.6B`"),
+         "9: stages.d.model.base: `d` goes on from `sft`, which stands on `base`: its base cannot be"),
         ([FULL, dpo('full', model='{base: base}')],
-         "9: stages.d.model.base: `d` goes on from `full`, which stands on `base`, not on `base`"),
+         "9: stages.d.model.base: `d` goes on from `full`, which is a base of its own: its base cannot be"),
         ([SFT, "  o: {kind: pretrain, data: corpus}\n", dpo('sft', reference='o')],
          "10: stages.d.reference: reference `o` stands on the base `o`, the stage's policy on `base`"),
         ([SFT, FULL, dpo('sft', reference='full')],
