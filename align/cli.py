@@ -116,8 +116,9 @@ def plan(
 ) -> None:
     """Show what would run, what is reused, and what it takes."""
     from align.artifacts.store import Store
+    from align.recipe.plan import plan_table
     from align.runner.api import Recipe
-    from align.runner.tables import plan_table, tokens_table
+    from align.runner.tables import tokens_table
     from align.runner.tokens import count_tokens
 
     checked, console = Recipe(recipe, overrides or ()), _console()

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from align.spec.job import Status
 
 LINE_EVERY_SECONDS = 10.0
+SAME_LINE_EVERY_SECONDS = 60.0
 NARROW = 70
 
 
@@ -52,14 +53,14 @@ class StageProgress:
 
     Args:
         console: Where to show it.
-        stage: The stage's name.
+        label: What to call it: the stage's name, padded.
     """
 
-    def __init__(self, console: Console, stage: str) -> None:
+    def __init__(self, console: Console, label: str) -> None:
         self._console = console
         self._progress = Progress(*_columns(console.width), console=console, transient=True, refresh_per_second=4)
-        self._task = self._progress.add_task(stage, total=None, detail="starting")
-        self._next_line = time.monotonic() + LINE_EVERY_SECONDS
+        self._task = self._progress.add_task(label, total=None, detail="starting")
+        self._printed, self._line = time.monotonic(), ""
         self._first = True
 
     def __enter__(self) -> StageProgress:
@@ -84,9 +85,14 @@ class StageProgress:
         self._progress.update(
             self._task, completed=status.step, total=status.total_steps or None, detail=_detail(status, metrics)
         )
-        if not self._console.is_terminal and time.monotonic() >= self._next_line:
-            self._next_line = time.monotonic() + LINE_EVERY_SECONDS
-            self._console.print(self.line(), highlight=False, markup=False, soft_wrap=True)
+        if not self._console.is_terminal:
+            self._print_now_and_then()
+
+    def _print_now_and_then(self) -> None:
+        passed, line = time.monotonic() - self._printed, self.line()
+        if passed >= (SAME_LINE_EVERY_SECONDS if line == self._line else LINE_EVERY_SECONDS):
+            self._printed, self._line = time.monotonic(), line
+            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def line(self) -> str:
         """The progress as one plain line."""

@@ -196,7 +196,7 @@ class _Run:
         self.note(node, state="running", work=job.work)
         try:
             worker = Worker(job)
-            with worker.signals(), worker, StageProgress(self.console, node.name) as progress:
+            with worker.signals(), worker, StageProgress(self.console, f"{node.name:<{self.width}}") as progress:
                 metrics = MetricsTail(worker.work / "metrics.jsonl")
                 while not worker.wait(POLL_SECONDS):
                     progress.update(worker.status, metrics.read())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich import box
 from rich.table import Table
@@ -27,6 +28,29 @@ def status_table(stages: Sequence[StageView]) -> Table:
         step = f"{stage.step}/{stage.total_steps}" if stage.total_steps else ""
         time = clock(stage.seconds) if stage.seconds else ""
         table.add_row(stage.name, stage.state, step, time, Text(stage.message))
+    return table
+
+
+def tokens_table(counts: Mapping[str, Mapping[str, Any]]) -> Table:
+    """One row per training stage: what its data becomes under its tokenizer.
+
+    Args:
+        counts: What `count_tokens` returns.
+    """
+    numbers = ("examples", "truncated", "left out", "p50", "p90", "max")
+    table = _table("stage", "data", *numbers, right=numbers)
+    for stage, count in counts.items():
+        if "known_after" in count:
+            table.add_row(stage, count["data"], Text(f"known after {count['known_after']}", style="dim"))
+            continue
+        report = count["report"]
+        left_out = sum(report["quarantined"].values()) + sum(report["dropped"].values())
+        lengths = (report["tokens"]["total"][key] for key in ("p50", "p90", "max"))
+        table.add_row(
+            stage, count["data"], *(f"{n:,}" for n in (report["examples"], report["truncated"], left_out, *lengths))
+        )
+    table.caption = "p50, p90, max: tokens of prompt and longest completion"
+    table.caption_justify = "left"
     return table
 
 

@@ -92,6 +92,11 @@ def test_before_the_first_step_the_phase_is_told(monkeypatch: pytest.MonkeyPatch
     assert shown(80, waiting, monkeypatch) == "  sft  reading data\n"
 
 
+def test_a_line_that_says_nothing_new_comes_once_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = [(float(t), Status(state="running", step=7, total_steps=9)) for t in range(1, 135)]
+    assert shown(80, slow, monkeypatch) == "  sft  7/9  loss 1.235\n" * 3
+
+
 @pytest.mark.parametrize("width", [30, 60, 100])
 def test_a_terminal_of_any_width_gets_a_bar_that_fits(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
     text = shown(width, RUNNING, monkeypatch, terminal=True)
