@@ -13,7 +13,6 @@ from align.runner.run import run_recipe
 
 RECIPE = """
 name: demo
-model: {base: base}
 data:
   corpus: {generator: film-reviews, part: corpus, rows: 8, format: prompt_completion}
 stages:
