@@ -111,7 +111,7 @@ _verified: dict[Path, State] = {}
 
 def verify_once(folder: Path) -> None:
     """`verify`, unless this process did it before and the folder's state is still the same."""
-    state = tuple((name, s.st_ino, s.st_size, s.st_mtime_ns) for name, _, s in _files(folder, seal=True))
+    state = _state(folder)
     if _verified.get(folder) != state:
         verify(folder)
         _verified[folder] = state
@@ -139,6 +139,7 @@ def publish(temporary: Path, final: Path, extra: dict[str, Any] | None = None) -
                 raise
             _replace(temporary, final)
         _sync_folder(final.parent)
+    _verified[final] = _state(final)  # these bytes were hashed a moment ago
 
 
 def _replace(temporary: Path, final: Path) -> None:
@@ -226,6 +227,10 @@ def _files(folder: Path, *, seal: bool = False) -> Iterator[tuple[str, Path, os.
                     yield name, path, state
     except OSError as error:
         raise ArtifactError(f"{error.filename} cannot be read: {error.strerror}", where=str(folder)) from None
+
+
+def _state(folder: Path) -> State:
+    return tuple((name, s.st_ino, s.st_size, s.st_mtime_ns) for name, _, s in _files(folder, seal=True))
 
 
 def _raise(error: OSError) -> None:

@@ -136,6 +136,12 @@ def test_a_hub_model_is_looked_up_in_the_cache_only(tmp_path: Path, monkeypatch:
     model = ModelSettings(base="some/model")
     assert cached_folder(model) is None
     assert cached_folder(ModelSettings(base="no/such/name")) is None
+    repository, commit = tmp_path / "models--some--model", "a" * 40
+    for path, text in (("refs/main", commit), (f"snapshots/{commit}/config.json", "{}")):
+        (repository / path).parent.mkdir(parents=True, exist_ok=True)
+        (repository / path).write_text(text)
+    assert cached_folder(model) == repository / "snapshots" / commit
+    assert cached_folder(ModelSettings(base="some/model", revision="other")) is None
 
 
 # --- bytes -------------------------------------------------------------------------------------------------------
