@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 
-from tests.e2e.conftest import Cli
+from tests.e2e.conftest import TINY, Cli
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -38,17 +38,11 @@ def test_the_last_lines_are_the_table_and_the_report(tiny_run):
 
 
 def test_results_as_json(tiny_run):
-    results = json.loads(tiny_run("results", str(tiny_run_recipe()), "--json"))
+    results = json.loads(tiny_run("results", str(TINY), "--json"))
     gold = results["candidates"]["dpo"]["gold"]
     assert set(results["candidates"]) == {"base", "sft", "dpo"}
     assert gold["n"] == 12
     assert gold["low"] <= gold["mean"] <= gold["high"]
-
-
-def tiny_run_recipe():
-    from tests.e2e.conftest import TINY
-
-    return TINY
 
 
 def test_a_second_run_reuses_everything(tiny_run):
@@ -119,8 +113,9 @@ def test_the_adapter_loads_in_plain_peft_and_says_what_align_says(tiny_run):
 def test_two_processes_through_the_command_line(deepspeed, tiny_run, tmp_path):
     """SFT then DPO on two ranks give the losses of one process; the saved adapter is whole."""
     cli = copy_of(tiny_run, tmp_path / "two")
-    args = ["--set", f"launch={{processes: 2, deepspeed: {deepspeed}}}", "--set", "name=two", "--from", "sft"]
-    cli.run(*args, "--until", "dpo")
+    launch = f"launch={{processes: 2, deepspeed: {deepspeed}}}"
+    sets = [f"stages.sft.{launch}", f"stages.dpo.{launch}", "name=two"]
+    cli.run(*(word for s in sets for word in ("--set", s)), "--from", "sft", "--until", "dpo")
     for stage in ("sft", "dpo"):
         alone, two = losses(tiny_run.stage(stage)), losses(cli.stage(stage, "two"))
         assert two == pytest.approx(alone, abs=2e-4)
