@@ -9,6 +9,8 @@ from typing import Literal
 from align.artifacts.manifest import PolicyRecord
 from align.artifacts.store import Store
 from align.models.policies import locate
+from align.recipe.env import resolve_env
+from align.recipe.sources import base_folder
 from align.spec.base import HubAdapter
 from align.spec.job import Job
 from align.spec.model import ModelSettings
@@ -58,10 +60,11 @@ def of_model(job: Job, model: ModelSettings, store: Store) -> Start:
     """The start that the recipe's model offers: its base, with no adapter yet."""
     if model.base in job.inputs:
         return of_stage(store, job.inputs[model.base])
-    for folder in (Path(job.folder) / model.base, Path(model.base)):
-        if folder.is_dir():
-            return Start(str(folder.resolve()), str(folder.resolve()), "path")
-    return Start(model.base, model.base, "hub", model.revision)
+    folder = base_folder(model.base, Path(job.folder))
+    if folder is not None:
+        return Start(str(folder.resolve()), str(folder.resolve()), "path")
+    name = str(resolve_env(model.base))
+    return Start(name, name, "hub", model.revision)
 
 
 def of_policy(job: Job, settings: PolicyStage, store: Store) -> Start:
@@ -71,8 +74,8 @@ def of_policy(job: Job, settings: PolicyStage, store: Store) -> Start:
         return of_stage(store, job.inputs[settings.policy])
     start = of_model(job, job.model, store)
     if isinstance(settings.policy, HubAdapter):
-        local = Path(job.folder) / settings.policy.adapter
-        adapter = str(local.resolve()) if local.is_dir() else settings.policy.adapter
+        local = base_folder(settings.policy.adapter, Path(job.folder))
+        adapter = str(local.resolve()) if local else str(resolve_env(settings.policy.adapter))
         return Start(start.base, start.base_name, start.base_kind, start.revision, adapter)
     return start
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from align.data.chat import Completion, Example
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from align.data.chat import Completion, Example
 from align.logps import completion_logps
 from align.methods import get_method
 from align.models import train_tokenizer
