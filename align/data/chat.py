@@ -13,13 +13,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
-from transformers import PreTrainedTokenizerBase
-
-from align.data.records import BadRow, Conversation, Dropped, Message, Pair, Prompt, Record, Text, digest, first_answer
+from align.data.records import BadRow, Conversation, Dropped, Message, Pair, Prompt, Record, Text, before_answer, digest
 from align.data.template import ChatTemplate, Piece
 from align.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 T = TypeVar("T")
 LossOn = Literal["completion", "all"]
@@ -149,8 +150,9 @@ class ChatEncoder:
         if isinstance(record, Pair):
             prompt, sides = self._clean(record.prompt), [self._clean(record.chosen), self._clean(record.rejected)]
         else:
-            messages, first = self._clean(record.messages), first_answer(record.messages)
-            prompt, sides = messages[:first], [messages[first:]]
+            messages = self._clean(record.messages)
+            prompt = before_answer(messages)
+            sides = [messages[len(prompt) :]]
         start = self._template.prompt(prompt)
         return _Layout(record, start, tuple(self._template.continuation(start.text, prompt, side) for side in sides))
 

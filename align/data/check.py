@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from random import Random
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from align.data.chat import ChatEncoder, Example, LossOn
 from align.data.formats import as_prompt
 from align.data.reading import Reading
-from align.data.records import BadRow, Dropped, Message, Pair, Prompt, Record, Text
+from align.data.records import BadRow, Dropped, Message, Pair, Prompt, Record, Text, before_answer, digest
 from align.data.report import DataReport, contradictions, prompt_group, token_statistics
 from align.data.sources import Row, Source
 from align.errors import DataError, RecipeError
 from align.spec.data import RECORDS_OF_FORMAT
 from align.types import Batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 RECORDS_OF_BATCH = {Batch.TOKENS: ("text", "conversation"), Batch.PAIRED: ("pair",)}
 """Which records a batch kind is made of."""
@@ -154,10 +156,44 @@ def split_validation(examples: Sequence[Example], fraction: float, seed: int) ->
     return train, [example for example in examples if prompt_group(example) in held]
 
 
-def shared_prompts(left: Sequence[Example], right: Sequence[Example]) -> int:
-    """How many examples of `left` have a prompt that `right` has as well."""
-    known = {prompt_group(example) for example in right}
-    return sum(prompt_group(example) in known for example in left)
+def shared_prompts(source: Source, others: Mapping[str, Source], folder: Path) -> dict[str, int]:
+    """How many records of a data entry begin with a prompt that another entry has as well, by the name of the other.
+
+    A prompt is what comes before the first answer; no tokenizer is needed.
+
+    Raises:
+        DataError: A source cannot be read.
+    """
+    own = _openings(source, folder)
+    shared = {}
+    for name, other in others.items():
+        theirs = set(_openings(other, folder))
+        shared[name] = sum(opening in theirs for opening in own)
+    return shared
+
+
+def first_examples(
+    source: Source,
+    count: int,
+    *,
+    batch: Batch,
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int,
+    loss_on: LossOn = "completion",
+    folder: Path,
+) -> list[Example]:
+    """The first examples of `load_examples`, read no further than needed, whatever the rest is like."""
+    _expect(source, RECORDS_OF_BATCH[batch])
+    reading = Reading(source, folder)
+    encoded = _encoded(reading, ChatEncoder(tokenizer, max_tokens, loss_on), reading.records(), chunk=count)
+    examples = [example for _, example in islice(encoded, count)]
+    if not examples:
+        reading.finish(None, left=0)
+    return examples
+
+
+def _openings(source: Source, folder: Path) -> list[bytes]:
+    return [digest(before_answer(record.prompt)) for record, _ in Reading(source, folder).records()]
 
 
 def _expect(source: Source, records: tuple[str, ...]) -> None:
@@ -167,10 +203,10 @@ def _expect(source: Source, records: tuple[str, ...]) -> None:
 
 
 def _encoded(
-    reading: Reading, encoder: ChatEncoder, records: Iterator[tuple[Record, Row]]
+    reading: Reading, encoder: ChatEncoder, records: Iterator[tuple[Record, Row]], chunk: int = CHUNK
 ) -> Iterator[tuple[Record, Example]]:
-    while chunk := list(islice(records, CHUNK)):
-        for (record, row), outcome in zip(chunk, encoder.encode_many([r for r, _ in chunk]), strict=True):
+    while part := list(islice(records, chunk)):
+        for (record, row), outcome in zip(part, encoder.encode_many([record for record, _ in part]), strict=True):
             if isinstance(outcome, BadRow):
                 reading.quarantine(record.row, outcome, row)
             elif isinstance(outcome, Dropped):

@@ -13,12 +13,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from align.data.records import BadRow, Conversation, Dropped, Message, Pair, Prompt, Record, Text, first_answer
+from align.data.records import BadRow, Conversation, Dropped, Message, Pair, Prompt, Record, Text
 from align.data.sources import type_word
 from align.spec.data import FIELDS_OF_FORMAT, Format
 
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
-"""What a role is called in the wild -> what it is."""
+"""What a role is called in the wild, in small letters -> what it is."""
 
 UNSUPPORTED_KEYS = ("tool_calls", "function_call", "tool_call_id", "reasoning_content", "thinking", "weight")
 """Keys of a message that change what it means, so that leaving them out would be wrong."""
@@ -29,6 +29,9 @@ NO_INPUT = re.compile(
     re.IGNORECASE,
 )
 """Inputs that say there is none. The last one is what machine translation made of `<noinput>`: "elderly input"."""
+
+LONGEST_NO_INPUT = 40
+"""Characters; longer inputs are inputs."""
 
 
 @dataclass
@@ -138,7 +141,7 @@ def as_message(value: Any, name: str) -> Message:
             raise BadRow(f"a message of `{name}` has `{key}`, which is not supported")
     for role, content in (("role", "content"), ("from", "value")):
         if role in value and content in value:
-            known = ROLES.get(value[role]) if isinstance(value[role], str) else None
+            known = ROLES.get(value[role].lower()) if isinstance(value[role], str) else None
             if known is None:
                 raise BadRow(f"a message of `{name}` has the role {value[role]!r}")
             return {"role": known, "content": as_text(value[content], f"{name}.{content}")}  # type: ignore[typeddict-item]
@@ -172,7 +175,7 @@ def _text(number: int, columns: Columns) -> Text:
 def _conversation(number: int, columns: Columns, messages: list[Message], name: str) -> Conversation:
     messages = columns.with_system(messages)
     check_turns(messages, name)
-    if first_answer(messages) == len(messages):
+    if all(message["role"] != "assistant" for message in messages):
         raise Dropped("no assistant turn")
     if messages[-1]["role"] == "user":
         columns.note("last user turn without an answer left off")
@@ -192,7 +195,7 @@ def _alpaca_prompt(columns: Columns) -> list[Message]:
         messages.append({"role": "assistant", "content": as_text(turn[1], "history")})
     instruction = columns.text("instruction")
     given = columns.text("input") if "input" in columns else ""
-    if NO_INPUT.fullmatch(given):
+    if len(given) < LONGEST_NO_INPUT and NO_INPUT.fullmatch(given):
         columns.note("input that says there is none")
         given = ""
     prompt = "\n\n".join(part for part in (instruction, given) if part.strip())
@@ -220,27 +223,39 @@ def _prompt_completion(number: int, columns: Columns) -> Conversation:
 
 
 def _pair(number: int, columns: Columns) -> Pair:
-    chosen, rejected = (columns.messages(side, role="assistant") for side in ("chosen", "rejected"))
-    prompt = next((columns.messages(name) for name in ("prompt", "conversations") if name in columns), [])
-    if chosen[0]["role"] != "assistant" or rejected[0]["role"] != "assistant":
-        shared = _shared_prefix(chosen, rejected)
-        if (
-            prompt
-            and [m for m in prompt if m["role"] != "system"]
-            != [m for m in chosen[:shared] if m["role"] != "system"][-len(prompt) :]
-        ):
-            raise BadRow("`chosen` and `rejected` do not continue `prompt`")
+    chosen, rejected = _sides(columns)
+    name = next((name for name in ("prompt", "conversations", "instruction") if name in columns), None)
+    asked = _alpaca_prompt(columns) if name == "instruction" else columns.messages(name) if name else []
+    shared = _shared_prefix(chosen, rejected)
+    if shared:
+        # Both sides are whole conversations; a prompt beside them only says again how they begin.
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
-    if not prompt:
-        raise BadRow("no prompt: neither a column `prompt` nor turns that `chosen` and `rejected` share")
+        said, asked = ([m for m in each if m["role"] != "system"] for each in (prompt, asked))
+        if asked not in (said[: len(asked)], said[len(said) - len(asked) :]):
+            raise BadRow(f"`chosen` and `rejected` do not continue `{name}`")
+    elif asked:
+        prompt = asked
+    else:
+        raise BadRow("no prompt: no column has one, and `chosen` and `rejected` do not begin alike")
     prompt = columns.with_system(prompt)
     for side, messages in (("chosen", chosen), ("rejected", rejected)):
         check_turns([*prompt, *messages], f"prompt + {side}")
-        if not messages or messages[-1]["role"] != "assistant":
+        if messages[-1]["role"] != "assistant":
             raise BadRow(f"`{side}` does not end with the assistant")
     if chosen == rejected:
         raise Dropped("chosen and rejected are the same")
     return Pair(number, prompt, chosen, rejected, columns.weight())
+
+
+def _sides(columns: Columns) -> tuple[list[Message], list[Message]]:
+    """Chosen and rejected, from their columns or from a list [better, worse] in `output`."""
+    if "chosen" in columns or "output" not in columns:
+        return columns.messages("chosen", role="assistant"), columns.messages("rejected", role="assistant")
+    ranked = columns.get("output")
+    if not isinstance(ranked, list) or len(ranked) != 2:
+        raise BadRow("`output` is not a list of [better, worse]")
+    better, worse = ([Message(role="assistant", content=as_text(each, "output"))] for each in ranked)
+    return better, worse
 
 
 def _shared_prefix(chosen: list[Message], rejected: list[Message]) -> int:

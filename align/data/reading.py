@@ -40,16 +40,13 @@ class Reading:
         self._parser = Parser(source.format, source.columns, source.system)
         self._bad: list[tuple[int, str, str]] = []
         self._columns: dict[str, None] = {}
-        fields = FIELDS_OF_FORMAT[source.format].names
-        for name in source.columns:
-            if name not in fields:
-                raise RecipeError(
-                    f"format {source.format} has no field `{name}`{did_you_mean(name, fields)}",
-                    where="columns",
-                    fix=f"its fields: {', '.join(fields)}",
-                )
         if source.system and source.format == "text":
             raise RecipeError("plain text has no system message", where="system", fix="remove it")
+
+    @property
+    def number_word(self) -> str:
+        """What numbers of rows are called in messages."""
+        return number_word(self.source)
 
     @property
     def noted(self) -> Counter[str]:
@@ -98,7 +95,7 @@ class Reading:
         Raises:
             DataError: There are no rows, columns are missing, too many rows are malformed, or nothing is left.
         """
-        name, word = source_name(self.source, self.folder), number_word(self.source, self.folder)
+        name, word = source_name(self.source), self.number_word
         if quarantine is not None:
             self._write(quarantine, word)
         if not self.rows_read:

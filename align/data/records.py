@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Literal, TypedDict
 
 Role = Literal["system", "user", "assistant"]
@@ -19,7 +20,7 @@ class Message(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """Plain text, every token of which is trained."""
+    """Plain text, every token of which is trained. It is its own prompt: two texts share one if they are the same."""
 
     row: int
     text: str
@@ -27,7 +28,6 @@ class Text:
 
     @property
     def prompt(self) -> list[Message]:
-        """No two texts share a prompt unless they are the same text."""
         return [{"role": "user", "content": self.text}]
 
 
@@ -41,8 +41,8 @@ class Conversation:
 
     @property
     def prompt(self) -> list[Message]:
-        """What comes before the assistant's first turn."""
-        return self.messages[: first_answer(self.messages)]
+        """What comes before the first answer."""
+        return before_answer(self.messages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +93,9 @@ class Dropped(Exception):
         self.rule = rule
 
 
-def first_answer(messages: Sequence[Message]) -> int:
-    """Index of the first assistant turn; the length if there is none."""
-    return next((i for i, message in enumerate(messages) if message["role"] == "assistant"), len(messages))
+def before_answer(messages: Sequence[Message]) -> list[Message]:
+    """What comes before the first assistant's turn."""
+    return list(takewhile(lambda message: message["role"] != "assistant", messages))
 
 
 def digest(*conversations: Iterable[Message]) -> bytes:

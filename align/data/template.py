@@ -5,14 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from align.data.records import BadRow, Message
 from align.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 LONGEST_SPECIAL = 64
 """Characters at the end of a text among which its last special token is looked for."""
@@ -174,6 +175,9 @@ class ChatTemplate:
         return self._call(messages, return_assistant_tokens_mask=self._marks)
 
     def _call(self, messages: Sequence[Message], **options: Any) -> tuple[str, list[tuple[int, int]]]:
+        # Late, for it takes seconds: what only reads records needs no transformers.
+        from transformers.utils.chat_template_utils import render_jinja_template
+
         try:
             texts, marks = render_jinja_template(
                 [list(messages)], chat_template=self._template, **self._variables, **options

@@ -57,8 +57,8 @@ FIELDS_OF_FORMAT: dict[Format, Fields] = {
     "sharegpt": Fields((("conversations",),), ("system", "tools", "weight")),
     "prompt_completion": Fields((("prompt", "completion"),), ("weight",)),
     "pairs": Fields(
-        (("prompt", "chosen", "rejected"), ("conversations", "chosen", "rejected"), ("chosen", "rejected")),
-        ("system", "weight"),
+        (("chosen", "rejected"), ("instruction", "output")),
+        ("prompt", "conversations", "input", "history", "system", "weight"),
     ),
     "prompts": Fields(
         (("prompt",), ("messages",), ("conversations",), ("instruction",)), ("input", "history", "system")

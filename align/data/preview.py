@@ -1,0 +1,132 @@
+"""Data as training will see it, for a terminal: records, token masks, and what became of the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from align.data.chat import Completion, Example
+from align.data.reading import Reading
+from align.data.records import Conversation, Message, Pair, Prompt, Record
+from align.data.report import DataReport
+from align.data.sources import Source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TRAINED = "bold green"
+CONTEXT = "dim"
+OPEN, CLOSE = "⟦", "⟧"
+"""Around trained text, so that it can be told from context without colours."""
+
+ROLE_STYLES = {"system": "magenta", "user": "cyan", "assistant": "green"}
+
+
+def preview_records(source: Source, folder: Path, rows: int) -> RenderableType:
+    """The first rows of a data entry as records; no tokenizer is needed.
+
+    Raises:
+        DataError: The source cannot be read, or its rows are no records.
+    """
+    reading = Reading(source, folder)
+    found = [record for _, (record, _) in zip(range(rows), reading.records(), strict=False)]
+    if not found:
+        reading.finish(None, left=0)
+    return Group(*(_panel(record, reading.number_word) for record in found))
+
+
+def preview_masks(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase) -> RenderableType:
+    """Examples decoded, trained text in brackets and colour."""
+    legend = Text.assemble(("prompt and context", CONTEXT), "   ", (f"{OPEN}trained{CLOSE}", TRAINED))
+    return Group(legend, *(_masked(example, tokenizer) for example in examples))
+
+
+def report_tables(name: str, report: DataReport, shared: Mapping[str, int] | None = None) -> RenderableType:
+    """What became of the rows of a data entry, and how long they are in tokens.
+
+    Args:
+        name: What the recipe calls the entry.
+        report: Its report.
+        shared: Another entry of the recipe -> how many examples here have a prompt that is also there.
+    """
+    counts = Table(title=f"data {name}", title_justify="left", show_header=False)
+    counts.add_column("what")
+    counts.add_column("rows", justify="right")
+    counts.add_row("rows read", f"{report.rows_read:,}")
+    for title, rows in (("quarantined", report.quarantined), ("dropped", report.dropped)):
+        for reason, count in rows.items():
+            counts.add_row(f"{title}: {reason}", f"-{count:,}")
+    counts.add_row("examples", f"{report.examples:,}", style="bold", end_section=True)
+    for reason, count in report.noted.items():
+        counts.add_row(reason, f"{count:,}")
+    share = report.truncated / report.examples if report.examples else 0.0
+    counts.add_row(f"truncated ({share:.1%})", f"{report.truncated:,}")
+    counts.add_row("different prompts", f"{report.prompts:,}")
+    if report.contradictions:
+        counts.add_row("pairs that another pair turns round", f"{report.contradictions:,}")
+    for other, count in (shared or {}).items():
+        counts.add_row(f"prompts that `{other}` has as well", f"{count:,}")
+    return Group(counts, _lengths(report)) if report.tokens else counts
+
+
+def _lengths(report: DataReport) -> Table:
+    names = list(next(iter(report.tokens.values())))
+    table = Table(title="tokens", title_justify="left")
+    table.add_column("")
+    for name in names:
+        table.add_column(name, justify="right")
+    for part, values in report.tokens.items():
+        table.add_row(part, *(f"{values[name]:,}" for name in names))
+    return table
+
+
+def _panel(record: Record, word: str) -> Panel:
+    body = Text()
+    if isinstance(record, Conversation | Prompt):
+        _add_messages(body, record.messages)
+    elif isinstance(record, Pair):
+        _add_messages(body, record.prompt)
+        for side, messages in (("chosen", record.chosen), ("rejected", record.rejected)):
+            body.append(f"{side}\n", style="bold yellow")
+            _add_messages(body, messages)
+    else:
+        body.append(record.text)
+    weight = "" if isinstance(record, Prompt) or record.weight == 1 else f", weight {record.weight:g}"
+    return Panel(body, title=f"{word} {record.row}{weight}", title_align="left")
+
+
+def _add_messages(body: Text, messages: Iterable[Message]) -> None:
+    for message in messages:
+        body.append(f"{message['role']}\n", style=f"bold {ROLE_STYLES[message['role']]}")
+        body.append(f"{message['content']}\n")
+
+
+def _masked(example: Example, tokenizer: PreTrainedTokenizerBase) -> Panel:
+    body = Text(_decode(tokenizer, example.prompt_ids), style=CONTEXT)
+    names = ("chosen", "rejected") if len(example.completions) == 2 else ("",)
+    for name, completion in zip(names, example.completions, strict=False):
+        if name:
+            body.append(f"\n{name} ", style="bold yellow")
+        _add_completion(body, completion, tokenizer)
+    trained = [sum(completion.mask) for completion in example.completions]
+    told = f"{len(example.prompt_ids)} prompt tokens, {' and '.join(map(str, trained)) or 'none'} trained"
+    return Panel(body, title=f"row {example.row}: {told}", title_align="left")
+
+
+def _add_completion(body: Text, completion: Completion, tokenizer: PreTrainedTokenizerBase) -> None:
+    for on, run in groupby(zip(completion.ids, completion.mask, strict=True), key=lambda pair: pair[1]):
+        text = _decode(tokenizer, [token for token, _ in run])
+        body.append(f"{OPEN}{text}{CLOSE}" if on else text, style=TRAINED if on else CONTEXT)
+    if completion.truncated:
+        body.append(" (truncated)", style="bold red")
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
