@@ -1,61 +1,174 @@
-"""Counts what the stages of a recipe make of their data: `python -m align.stages.inspect JOB.json...`.
+"""Looks at data as the stages of a recipe read it, in a process that may load tokenizers.
 
-It prints one JSON object: stage -> `{"data", "report"}`, or `{"data", "known_after"}` where the tokenizer is the work
-of a stage that has not run yet.
+`python -m align.stages.inspect VIEW JOB.json... [--data NAME] [--rows N]`, where VIEW is `count` (one JSON object:
+stage -> `{"data", "report"}`, or `{"data", "known_after"}` where a stage that has not run makes the tokenizer), `preview`
+(records), `mask` (which tokens are trained) or `check` (what became of the rows).
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
+import os
 import sys
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console, RenderableType
+from transformers import PreTrainedTokenizerBase
+
 from align.artifacts.store import Store
-from align.data import load_examples
-from align.errors import AlignError
+from align.data import ChatEncoder, DataReport, Example, load_examples, load_prompts
+from align.data.check import shared_prompts
+from align.data.formats import as_prompt
+from align.data.preview import preview_masks, preview_records, report_tables
+from align.data.reading import Reading
+from align.data.records import BadRow, Dropped
+from align.data.sources import Source
+from align.errors import AlignError, LaunchError
 from align.methods import get_method
+from align.methods.pretrain import Pretrain
 from align.models.platform import prepare_process
+from align.models.policies import load_policy_tokenizer
 from align.models.tokenizer import load_tokenizer
 from align.recipe.schema import stage_kinds
+from align.spec.data import RECORDS_OF_FORMAT
 from align.spec.job import Job
-from align.spec.stages import PolicyStage
+from align.spec.stages import CompareStage, TrainedStage
 from align.stages import start
 
-
-def inspect(job: Job) -> dict[str, Any]:
-    """What one training stage makes of its data."""
-    settings = stage_kinds()[job.kind].model_validate(job.settings)
-    name: str = settings.data  # type: ignore[attr-defined]
-    if not isinstance(settings, PolicyStage) or job.model is None:
-        return {"data": name, "known_after": job.stage}
-    store, base = Store(Path(job.home)), job.model.base
-    if base in job.inputs and store.find(job.inputs[base]) is None:
-        return {"data": name, "known_after": base}
-    origin = start.of_model(job, job.model, store)
-    _, report = load_examples(
-        job.data[name],
-        batch=get_method(job.kind).batch,
-        tokenizer=load_tokenizer(origin.base, origin.revision),
-        max_tokens=settings.train.max_tokens,
-        loss_on=getattr(settings, "loss_on", "completion"),
-        folder=Path(job.folder),
-    )
-    return {"data": name, "report": report.model_dump(mode="json")}
+ANY_LENGTH = 10**9
+"""For prompts that are only answered: how long they may be is known once their models are."""
 
 
-def main(paths: list[str]) -> int:
-    """Inspect every job; the exit code."""
+class Reader:
+    """The data of one stage, as that stage reads it."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.folder, self.store = job, Path(job.folder), Store(Path(job.home))
+        self.settings = stage_kinds()[job.kind].model_validate(job.settings)
+
+    @property
+    def known_after(self) -> str | None:
+        """The stage that makes the tokenizer, if it has not run yet."""
+        if isinstance(self.settings, CompareStage):
+            name = self.settings.baseline
+        else:
+            name = self.job.model.base if self.job.model is not None else self.job.stage
+        fingerprint = self._fingerprint(name)
+        return name if fingerprint is not None and self.store.find(fingerprint) is None else None
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        if (name := self.known_after) is not None:
+            raise LaunchError(
+                f"the tokenizer is made by stage `{name}`, which has not run yet",
+                where=f"stage {self.job.stage}",
+                fix=f"align run RECIPE --until {name}",
+            )
+        if self.job.model is not None:
+            origin = start.of_model(self.job, self.job.model, self.store)
+            return load_tokenizer(origin.base, origin.revision)
+        name = self.settings.baseline if isinstance(self.settings, CompareStage) else self.job.stage
+        fingerprint = self._fingerprint(name)
+        assert fingerprint is not None
+        return load_policy_tokenizer(self.store, fingerprint)
+
+    def _fingerprint(self, stage: str) -> str | None:
+        return self.job.fingerprint if stage == self.job.stage else self.job.inputs.get(stage)
+
+    @property
+    def encoder(self) -> ChatEncoder:
+        max_tokens = self.settings.train.max_tokens if isinstance(self.settings, TrainedStage) else ANY_LENGTH
+        return ChatEncoder(self.tokenizer, max_tokens, self._loss_on)
+
+    @property
+    def _loss_on(self) -> Any:
+        return "all" if isinstance(self.settings, Pretrain) else getattr(self.settings, "loss_on", "completion")
+
+    def report(self, name: str) -> tuple[list[Example], DataReport]:
+        """Examples and report of an entry; a stage that only asks for answers has no examples."""
+        source, tokenizer = self.job.data[name], self.tokenizer
+        if not isinstance(self.settings, TrainedStage):
+            _, report = load_prompts(source, tokenizer=tokenizer, max_tokens=ANY_LENGTH, folder=self.folder)
+            return list(self.prompts(source)), report
+        return load_examples(
+            source,
+            batch=get_method(self.job.kind).batch,
+            tokenizer=tokenizer,
+            max_tokens=self.settings.train.max_tokens,
+            loss_on=self._loss_on,
+            folder=self.folder,
+        )
+
+    def examples(self, name: str) -> Iterator[Example]:
+        """Examples of an entry one by one, without a judgement of the whole."""
+        if not isinstance(self.settings, TrainedStage):
+            yield from self.prompts(self.job.data[name])
+            return
+        yield from _encoded(Reading(self.job.data[name], self.folder), self.encoder)
+
+    def prompts(self, source: Source) -> Iterator[Example]:
+        """The prompts of any entry that has some."""
+        if RECORDS_OF_FORMAT[source.format] != "text":
+            encoder = ChatEncoder(self.tokenizer, ANY_LENGTH)
+            yield from _encoded(Reading(source, self.folder), encoder, as_prompt)
+
+
+def _encoded(reading: Reading, encoder: ChatEncoder, *reduce: Any) -> Iterator[Example]:
+    for record, _ in reading.records(*reduce):
+        with contextlib.suppress(BadRow, Dropped):
+            yield encoder.encode(record)
+
+
+def count(job: Job) -> dict[str, Any]:
+    """What a training stage makes of its data."""
+    reader = Reader(job)
+    name: str = reader.settings.data  # type: ignore[attr-defined]
+    if reader.known_after is not None:
+        return {"data": name, "known_after": reader.known_after}
+    return {"data": name, "report": reader.report(name)[1].model_dump(mode="json")}
+
+
+def view(what: str, job: Job, name: str, rows: int) -> RenderableType:
+    """One entry of `data` for a terminal."""
+    reader = Reader(job)
+    if what == "preview":
+        return preview_records(job.data[name], reader.folder, rows)
+    if what == "mask":
+        return preview_masks(islice(reader.examples(name), rows), reader.tokenizer)
+    examples, report = reader.report(name)
+    others = {other: list(reader.prompts(source)) for other, source in job.data.items() if other != name}
+    return report_tables(name, report, {other: shared_prompts(examples, found) for other, found in others.items()})
+
+
+def main(arguments: list[str]) -> int:
+    """Show one view; the exit code."""
+    parser = argparse.ArgumentParser("align.stages.inspect")
+    parser.add_argument("view", choices=("count", "preview", "mask", "check"))
+    parser.add_argument("jobs", nargs="+", type=Path)
+    parser.add_argument("--data", default="")
+    parser.add_argument("--rows", type=int, default=3)
+    given = parser.parse_args(arguments)
     try:
         with contextlib.redirect_stdout(sys.stderr):  # what libraries print is no part of the answer
             prepare_process()
-            jobs = [Job.model_validate_json(Path(path).read_text()) for path in paths]
-            answer = {job.stage: inspect(job) for job in jobs}
+            jobs = [Job.model_validate_json(path.read_text()) for path in given.jobs]
+            if given.view == "count":
+                answer: RenderableType = json.dumps({job.stage: count(job) for job in jobs})
+            else:
+                answer = view(given.view, jobs[0], given.data, given.rows)
     except AlignError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return error.exit_code
-    print(json.dumps(answer))  # noqa: T201
+    if isinstance(answer, str):
+        print(answer)  # noqa: T201
+    else:
+        wide = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120
+        Console(width=wide).print(answer)
     return 0
 
 

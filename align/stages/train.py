@@ -17,7 +17,6 @@ from align.artifacts.store import Store
 from align.data import DataReport, Example, load_examples, split_validation
 from align.data.chat import LossOn
 from align.data.check import training_texts
-from align.logps import check_head
 from align.methods import Method, get_method
 from align.methods.pretrain import Pretrain
 from align.models.base import load_base, new_base
@@ -197,7 +196,6 @@ def _open(job: Job, settings: TrainedStage, store: Store, tokenizer: Any) -> Ope
             roles.add_base_role("reference")
         else:
             roles.add_adapter("reference", folder=reference.adapter, trainable=False)
-    roles("policy", check_head)
     return Opened(roles, role, same, begin, begin.record(model, adapter=True))
 
 

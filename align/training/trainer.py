@@ -22,6 +22,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from align.data.chat import Example
 from align.errors import TrainingError
+from align.logps import check_head
 from align.spec.train import ValidationSettings
 from align.training import checkpoint as ckpt
 from align.training import collectives
@@ -145,6 +146,8 @@ class AlignTrainer(Trainer):
     def _prepare_for_training(self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None):
         """Wrap first; then the reference, while the policy is still where it starts; then the checkpoint."""
         model, loader = super()._prepare_for_training(max_steps, train_dataloader, None)
+        with torch.no_grad():
+            model("policy", check_head)
         self._prepare_references(model, fresh=resume_from_checkpoint is None)
         if resume_from_checkpoint is not None:
             folder = Path(resume_from_checkpoint)

@@ -15,7 +15,11 @@ from tests.training.worlds import Run, fit, save_tiny_base
 pytest.importorskip("deepspeed")
 
 LAUNCHERS = ["none", "zero1", "zero2", "zero3"]
-MODELS = {"nf4-lora": ("nf4", True), "full": ("none", False)}
+MODELS = {"nf4-lora": ("nf4", True), "full": ("none", False), "lora": ("none", True)}
+CASES = [
+    *((kind, model, launcher) for kind in ("sft", "dpo") for model in ("nf4-lora", "full") for launcher in LAUNCHERS),
+    ("dpo", "lora", "zero3"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +45,7 @@ def distance(a: dict, b: dict) -> float:
     return float(np.linalg.norm(flat[0] - flat[1]) / np.linalg.norm(flat[0]))
 
 
-@pytest.mark.parametrize("deepspeed", LAUNCHERS)
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("kind", ["sft", "dpo"])
+@pytest.mark.parametrize(("kind", "model", "deepspeed"), CASES)
 def test_two_ranks_equal_one(kind, model, deepspeed, base, tmp_path, tmp_path_factory):
     expected = alone(kind, model, base, tmp_path_factory)
     quantization, adapter = MODELS[model]
