@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from align.data.records import BadRow, Conversation, Dropped, Message, Pair, Prompt, Record, Text
+from align.data.records import BadRow, Conversation, Dropped, Message, Pair, Prompt, Record, Role, Text
 from align.data.sources import type_word
 from align.spec.data import FIELDS_OF_FORMAT, Format
 
@@ -96,15 +96,15 @@ class Columns:
             raise BadRow("`weight` is not a positive number")
         return weight
 
-    def messages(self, name: str, *, role: str = "user") -> list[Message]:
-        """A list of messages, or one text that `role` says."""
+    def messages(self, name: str, text_of: Role | None = None) -> list[Message]:
+        """A list of messages, or a single one; with `text_of` also a text, which that role says."""
         value = self.get(name)
-        if isinstance(value, str):
-            return [{"role": role, "content": as_text(value, name)}]  # type: ignore[typeddict-item]
+        if isinstance(value, str) and text_of:
+            return [{"role": text_of, "content": as_text(value, name)}]
         if isinstance(value, dict):
             value = [value]
         if not isinstance(value, list):
-            raise BadRow(f"`{name}` is {type_word(value)}, neither text nor a list of messages")
+            raise BadRow(f"`{name}` is {type_word(value)}, not {'text or ' if text_of else ''}a list of messages")
         if not value:
             raise BadRow(f"`{name}` is an empty list")
         return [as_message(each, name) for each in value]
@@ -218,14 +218,14 @@ def _sharegpt(number: int, columns: Columns) -> Conversation:
 
 
 def _prompt_completion(number: int, columns: Columns) -> Conversation:
-    messages = columns.messages("prompt") + columns.messages("completion", role="assistant")
+    messages = columns.messages("prompt", "user") + columns.messages("completion", "assistant")
     return _conversation(number, columns, messages, "prompt + completion")
 
 
 def _pair(number: int, columns: Columns) -> Pair:
     chosen, rejected = _sides(columns)
     name = next((name for name in ("prompt", "conversations", "instruction") if name in columns), None)
-    asked = _alpaca_prompt(columns) if name == "instruction" else columns.messages(name) if name else []
+    asked = _alpaca_prompt(columns) if name == "instruction" else columns.messages(name, "user") if name else []
     shared = _shared_prefix(chosen, rejected)
     if shared:
         # Both sides are whole conversations; a prompt beside them only says again how they begin.
@@ -250,7 +250,7 @@ def _pair(number: int, columns: Columns) -> Pair:
 def _sides(columns: Columns) -> tuple[list[Message], list[Message]]:
     """Chosen and rejected, from their columns or from a list [better, worse] in `output`."""
     if "chosen" in columns or "output" not in columns:
-        return columns.messages("chosen", role="assistant"), columns.messages("rejected", role="assistant")
+        return columns.messages("chosen", "assistant"), columns.messages("rejected", "assistant")
     ranked = columns.get("output")
     if not isinstance(ranked, list) or len(ranked) != 2:
         raise BadRow("`output` is not a list of [better, worse]")
@@ -272,7 +272,7 @@ def _shared_prefix(chosen: list[Message], rejected: list[Message]) -> int:
 
 def _prompt(number: int, columns: Columns) -> Prompt:
     name = next((n for n in ("prompt", "messages", "conversations", "instruction") if n in columns), "prompt")
-    messages = _alpaca_prompt(columns) if name == "instruction" else columns.messages(name)
+    messages = _alpaca_prompt(columns) if name == "instruction" else columns.messages(name, "user")
     messages = columns.with_system(messages)
     check_turns(messages, name)
     return as_prompt(Prompt(number, messages))

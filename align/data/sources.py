@@ -107,7 +107,7 @@ def _jsonl(path: Path) -> Rows:
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
             if line.strip():
-                yield number, _parse_line(line)
+                yield number, _parse_line(line.rstrip(b"\r\n"))
 
 
 def _parse_line(line: bytes) -> Row | BadRow:
@@ -132,6 +132,8 @@ def _json(path: Path) -> Rows:
             yield from enumerate(row for _, row in _jsonl(path))
             return
         raise DataError(f"not JSON: {error.msg}", where=f"{path}:{error.lineno}", fix="mend the file") from None
+    except RecursionError:
+        raise DataError("not JSON that can be read: too deep", where=str(path), fix="mend the file") from None
     if isinstance(value, dict):
         lists = [key for key, each in value.items() if isinstance(each, list)]
         if len(lists) == 1:
