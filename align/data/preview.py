@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ from align.data.chat import Completion, Example
 from align.data.reading import Reading
 from align.data.records import Conversation, Message, Pair, Prompt, Record
 from align.data.report import DataReport
-from align.data.sources import Source
+from align.data.sources import Source, number_word
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,16 +36,19 @@ def preview_records(source: Source, folder: Path, rows: int) -> RenderableType:
         DataError: The source cannot be read, or its rows are no records.
     """
     reading = Reading(source, folder)
-    found = [record for _, (record, _) in zip(range(rows), reading.records(), strict=False)]
+    found = [record for record, _ in islice(reading.records(), rows)]
     if not found:
         reading.finish(None, left=0)
-    return Group(*(_panel(record, reading.number_word) for record in found))
+    left_out = reading.quarantined + reading.dropped
+    notes = [Text(f"left out on the way: {count} {what}", style="yellow") for what, count in left_out.items()]
+    return Group(*(_panel(record, reading.number_word) for record in found), *notes)
 
 
-def preview_masks(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase) -> RenderableType:
-    """Examples decoded, trained text in brackets and colour."""
+def preview_masks(source: Source, examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase) -> RenderableType:
+    """Examples of a data entry decoded, what is trained in brackets and colour."""
+    word = number_word(source)
     legend = Text.assemble(("prompt and context", CONTEXT), "   ", (f"{OPEN}trained{CLOSE}", TRAINED))
-    return Group(legend, *(_masked(example, tokenizer) for example in examples))
+    return Group(legend, *(_masked(example, tokenizer, word) for example in examples))
 
 
 def report_tables(name: str, report: DataReport, shared: Mapping[str, int] | None = None) -> RenderableType:
@@ -108,7 +111,7 @@ def _add_messages(body: Text, messages: Iterable[Message]) -> None:
         body.append(f"{message['content']}\n")
 
 
-def _masked(example: Example, tokenizer: PreTrainedTokenizerBase) -> Panel:
+def _masked(example: Example, tokenizer: PreTrainedTokenizerBase, word: str) -> Panel:
     body = Text(_decode(tokenizer, example.prompt_ids), style=CONTEXT)
     names = ("chosen", "rejected") if len(example.completions) == 2 else ("",)
     for name, completion in zip(names, example.completions, strict=False):
@@ -116,8 +119,8 @@ def _masked(example: Example, tokenizer: PreTrainedTokenizerBase) -> Panel:
             body.append(f"\n{name} ", style="bold yellow")
         _add_completion(body, completion, tokenizer)
     trained = [sum(completion.mask) for completion in example.completions]
-    told = f"{len(example.prompt_ids)} prompt tokens, {' and '.join(map(str, trained)) or 'none'} trained"
-    return Panel(body, title=f"row {example.row}: {told}", title_align="left")
+    told = f"{len(example.prompt_ids)} prompt tokens, {' and '.join(map(str, trained))} trained"
+    return Panel(body, title=f"{word} {example.row}: {told}", title_align="left")
 
 
 def _add_completion(body: Text, completion: Completion, tokenizer: PreTrainedTokenizerBase) -> None:

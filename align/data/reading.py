@@ -106,8 +106,8 @@ class Reading:
             first = "; ".join(f"{word} {number}: {reason}" for number, reason, _ in sorted(self._bad)[:3])
             kept = f"; all of them are in {quarantine}" if quarantine else ""
             raise DataError(
-                f"{bad} of {self.rows_read} rows are malformed ({bad / self.rows_read:.1%}, max_bad_rows is "
-                f"{self.source.max_bad_rows:.1%}): {first}{kept}",
+                f"{bad} of {self.rows_read} rows are malformed ({bad / self.rows_read:.2%}, max_bad_rows is "
+                f"{self.source.max_bad_rows:.2%}): {first}{kept}",
                 where=name,
                 fix="mend the rows, or raise max_bad_rows if they may be left out",
             )

@@ -111,7 +111,8 @@ def digest(*conversations: Iterable[Message]) -> bytes:
 
 
 def identity(record: Record) -> bytes:
-    """Equal for records that say the same, rows aside."""
+    """Equal for records that say the same with the same weight."""
+    weight = b"" if isinstance(record, Prompt) else repr(record.weight).encode()
     if isinstance(record, Pair):
-        return digest(record.prompt, record.chosen, record.rejected)
-    return digest(record.messages if isinstance(record, Conversation | Prompt) else record.prompt)
+        return digest(record.prompt, record.chosen, record.rejected) + weight
+    return digest(record.messages if isinstance(record, Conversation | Prompt) else record.prompt) + weight
