@@ -17,6 +17,8 @@ from align.errors import AlignError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from align.runner.inspect import View
+
 PIPE_WIDTH = 120
 """Columns of tables that go to a file or a pipe."""
 
@@ -118,8 +120,8 @@ def plan(
     from align.artifacts.store import Store
     from align.recipe.plan import plan_table
     from align.runner.api import Recipe
+    from align.runner.inspect import count_tokens
     from align.runner.tables import tokens_table
-    from align.runner.tokens import count_tokens
 
     checked, console = Recipe(recipe, overrides or ()), _console()
     console.print(plan_table(checked.plan()))
@@ -195,11 +197,21 @@ def doctor() -> None:
     examine(_console())
 
 
+def _show(view: View, recipe: Path, name: str, stage: str | None, overrides: list[str] | None, rows: int = 3) -> None:
+    from align.artifacts.store import Store
+    from align.runner.api import Recipe
+    from align.runner.inspect import show_data
+
+    graph = Recipe(recipe, overrides or ()).graph
+    raise typer.Exit(show_data(view, graph, name, home=Store().home, stage=stage, rows=rows))
+
+
 @data_app.command("preview")
 def data_preview(
     recipe: RecipePath, name: DataName, stage: StageName = None, rows: Rows = 3, overrides: Overrides = None
 ) -> None:
     """Show rows as records."""
+    _show("preview", recipe, name, stage, overrides, rows)
 
 
 @data_app.command("mask")
@@ -207,11 +219,13 @@ def data_mask(
     recipe: RecipePath, name: DataName, stage: StageName = None, rows: Rows = 3, overrides: Overrides = None
 ) -> None:
     """Show which tokens are trained."""
+    _show("mask", recipe, name, stage, overrides, rows)
 
 
 @data_app.command("check")
 def data_check(recipe: RecipePath, name: DataName, stage: StageName = None, overrides: Overrides = None) -> None:
-    """Count malformed, dropped and truncated rows."""
+    """Count malformed, dropped and truncated rows, and prompts that other data has as well."""
+    _show("check", recipe, name, stage, overrides)
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
 """Looks at data as the stages of a recipe read it, in a process that may load tokenizers.
 
-`python -m align.stages.inspect VIEW JOB.json... [--data NAME] [--rows N]`, where VIEW is `count` (one JSON object:
-stage -> `{"data", "report"}`, or `{"data", "known_after"}` where a stage that has not run makes the tokenizer), `preview`
-(records), `mask` (which tokens are trained) or `check` (what became of the rows).
+`python -m align.stages.inspect VIEW JOB.json... [--data NAME] [--rows N]`, where VIEW is `preview` (records), `mask`
+(which tokens are trained), `check` (what became of the rows) or `count`: one JSON object, stage -> `data` and `report`,
+or `data` and `known_after` where a stage that has not run makes the tokenizer.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +19,16 @@ from rich.console import Console, RenderableType
 from transformers import PreTrainedTokenizerBase
 
 from align.artifacts.store import Store
-from align.data import ChatEncoder, DataReport, Example, load_examples, load_prompts
-from align.data.check import shared_prompts
-from align.data.formats import as_prompt
+from align.data import DataReport, Example, load_examples, load_prompts
+from align.data.check import first_examples, shared_prompts
 from align.data.preview import preview_masks, preview_records, report_tables
-from align.data.reading import Reading
-from align.data.records import BadRow, Dropped
-from align.data.sources import Source
-from align.errors import AlignError, LaunchError
+from align.errors import AlignError, LaunchError, RecipeError
 from align.methods import get_method
 from align.methods.pretrain import Pretrain
 from align.models.platform import prepare_process
 from align.models.policies import load_policy_tokenizer
 from align.models.tokenizer import load_tokenizer
 from align.recipe.schema import stage_kinds
-from align.spec.data import RECORDS_OF_FORMAT
 from align.spec.job import Job
 from align.spec.stages import CompareStage, TrainedStage
 from align.stages import start
@@ -81,47 +74,38 @@ class Reader:
         return self.job.fingerprint if stage == self.job.stage else self.job.inputs.get(stage)
 
     @property
-    def encoder(self) -> ChatEncoder:
-        max_tokens = self.settings.train.max_tokens if isinstance(self.settings, TrainedStage) else ANY_LENGTH
-        return ChatEncoder(self.tokenizer, max_tokens, self._loss_on)
+    def _training(self) -> dict[str, Any]:
+        """How a stage that trains wants its data."""
+        assert isinstance(self.settings, TrainedStage)
+        pretrain = isinstance(self.settings, Pretrain)
+        return {
+            "batch": get_method(self.job.kind).batch,
+            "tokenizer": self.tokenizer,
+            "max_tokens": self.settings.train.max_tokens,
+            "loss_on": "all" if pretrain else getattr(self.settings, "loss_on", "completion"),
+            "folder": self.folder,
+        }
 
-    @property
-    def _loss_on(self) -> Any:
-        return "all" if isinstance(self.settings, Pretrain) else getattr(self.settings, "loss_on", "completion")
-
-    def report(self, name: str) -> tuple[list[Example], DataReport]:
-        """Examples and report of an entry; a stage that only asks for answers has no examples."""
+    def report(self, name: str) -> DataReport:
+        """What becomes of the rows of an entry."""
+        if isinstance(self.settings, TrainedStage):
+            return load_examples(self.job.data[name], **self._training)[1]
         source, tokenizer = self.job.data[name], self.tokenizer
+        return load_prompts(source, tokenizer=tokenizer, max_tokens=ANY_LENGTH, folder=self.folder)[1]
+
+    def examples(self, name: str, rows: int) -> list[Example]:
+        """The first examples of an entry.
+
+        Raises:
+            RecipeError: The stage only lets models answer it.
+        """
         if not isinstance(self.settings, TrainedStage):
-            _, report = load_prompts(source, tokenizer=tokenizer, max_tokens=ANY_LENGTH, folder=self.folder)
-            return list(self.prompts(source)), report
-        return load_examples(
-            source,
-            batch=get_method(self.job.kind).batch,
-            tokenizer=tokenizer,
-            max_tokens=self.settings.train.max_tokens,
-            loss_on=self._loss_on,
-            folder=self.folder,
-        )
-
-    def examples(self, name: str) -> Iterator[Example]:
-        """Examples of an entry one by one, without a judgement of the whole."""
-        if not isinstance(self.settings, TrainedStage):
-            yield from self.prompts(self.job.data[name])
-            return
-        yield from _encoded(Reading(self.job.data[name], self.folder), self.encoder)
-
-    def prompts(self, source: Source) -> Iterator[Example]:
-        """The prompts of any entry that has some."""
-        if RECORDS_OF_FORMAT[source.format] != "text":
-            encoder = ChatEncoder(self.tokenizer, ANY_LENGTH)
-            yield from _encoded(Reading(source, self.folder), encoder, as_prompt)
-
-
-def _encoded(reading: Reading, encoder: ChatEncoder, *reduce: Any) -> Iterator[Example]:
-    for record, _ in reading.records(*reduce):
-        with contextlib.suppress(BadRow, Dropped):
-            yield encoder.encode(record)
+            raise RecipeError(
+                "nothing is trained on these prompts",
+                where=f"stage {self.job.stage}: data {name}",
+                fix=f"align data preview RECIPE {name}",
+            )
+        return first_examples(self.job.data[name], rows, **self._training)
 
 
 def count(job: Job) -> dict[str, Any]:
@@ -130,7 +114,7 @@ def count(job: Job) -> dict[str, Any]:
     name: str = reader.settings.data  # type: ignore[attr-defined]
     if reader.known_after is not None:
         return {"data": name, "known_after": reader.known_after}
-    return {"data": name, "report": reader.report(name)[1].model_dump(mode="json")}
+    return {"data": name, "report": reader.report(name).model_dump(mode="json")}
 
 
 def view(what: str, job: Job, name: str, rows: int) -> RenderableType:
@@ -139,10 +123,9 @@ def view(what: str, job: Job, name: str, rows: int) -> RenderableType:
     if what == "preview":
         return preview_records(job.data[name], reader.folder, rows)
     if what == "mask":
-        return preview_masks(islice(reader.examples(name), rows), reader.tokenizer)
-    examples, report = reader.report(name)
-    others = {other: list(reader.prompts(source)) for other, source in job.data.items() if other != name}
-    return report_tables(name, report, {other: shared_prompts(examples, found) for other, found in others.items()})
+        return preview_masks(job.data[name], reader.examples(name, rows), reader.tokenizer)
+    others = {other: source for other, source in job.data.items() if other != name}
+    return report_tables(name, reader.report(name), shared_prompts(job.data[name], others, reader.folder))
 
 
 def main(arguments: list[str]) -> int:
