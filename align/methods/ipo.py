@@ -3,9 +3,9 @@
     h = (r_w - r_l),   r = log pi(y) - log ref(y), by token mean or by sum
     L = (h - 1 / (2 tau))^2
 
-*Source*: arXiv:2310.12036, eq. 17. Published code differs in the reduction: the DPO authors' repository and OpenRLHF sum the
-log-ratios over the completion, TRL and HALOs average them over tokens (TRL says after asking the authors). It is a setting
-here, because the scale of tau depends on it.
+*Source*: arXiv:2310.12036, eq. 17. Published code differs in the reduction: the DPO authors' repository and OpenRLHF
+sum the log-ratios over the completion, TRL and HALOs average them over tokens (TRL says after asking the authors). It
+is a setting here, because the scale of tau depends on it.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ class Pretrain(TrainedStage):
     tokenizer: TokenizerSettings = TokenizerSettings()
 
 
-@method(Pretrain, batch=Batch.TOKENS, needs={Needs.LOGPS}, reference=False, source="methods.md, section 2")
+@method(Pretrain, batch=Batch.TOKENS, needs={Needs.LOGPS}, reference=False, source="next-token cross-entropy")
 def pretrain_loss(logps: TokensLogps, config: Pretrain) -> LossOutput:
     """Token-mean negative log-likelihood of all tokens; `logps.policy.total` [B] in nats.
 

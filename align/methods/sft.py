@@ -26,7 +26,7 @@ class SFT(TokensStage):
     """Train on the assistant's turns, or on every token (plain language modelling)."""
 
 
-@method(SFT, batch=Batch.TOKENS, needs={Needs.LOGPS}, reference=False, source="methods.md, section 2; arXiv:2203.02155")
+@method(SFT, batch=Batch.TOKENS, needs={Needs.LOGPS}, reference=False, source="arXiv:2203.02155, step 1")
 def sft_loss(logps: TokensLogps, config: SFT) -> LossOutput:
     """Negative log-likelihood, by token or by sequence.
 
@@ -38,6 +38,7 @@ def sft_loss(logps: TokensLogps, config: SFT) -> LossOutput:
         One term `loss`; the metric `nll_per_token` is the token mean whatever the reduction.
 
     Example:
+        >>> import torch
         >>> from align.types import Logps
         >>> policy = Logps(torch.tensor([-3.0, -2.0]), torch.tensor([3.0, 1.0]))
         >>> batch = TokensLogps(policy, torch.ones(2))
