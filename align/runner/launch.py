@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -25,6 +26,8 @@ FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 LOG_LINES = 20
 WORKER_LOCK = "worker.lock"
 STOP_SECONDS = 60.0
+PATIENCE_SECONDS = 1.0
+"""Service managers send several signals at once; a person who wants an end now comes later."""
 RESUME = "run the same command again to resume"
 
 
@@ -100,6 +103,7 @@ class Worker:
         self.work = Path(job.work)
         self.log = self.work / "log.txt"
         self.received: signal.Signals | None = None
+        self._asked = 0.0
         self._argv = command(job, self.work / "job.json")
         self._torchrun = "torch.distributed.run" in self._argv
         self._process: subprocess.Popen[bytes] | None = None
@@ -158,14 +162,14 @@ class Worker:
         return True
 
     def forward(self, number: int) -> None:
-        """Hand a signal on: the worker saves and stops. A second one ends it at once."""
-        second, self.received = self.received is not None, signal.Signals(number)
-        if self._process is None:
-            return  # it is asked as soon as it starts
-        if second:
+        """Hand a signal on: the worker saves and stops. One that comes later than the others ends it at once."""
+        now = time.monotonic()
+        if self.received is None:
+            self.received, self._asked = signal.Signals(number), now
+            if self._process is not None:  # else it is asked as soon as it starts
+                self._ask(self.received)
+        elif self._process is not None and now - self._asked > PATIENCE_SECONDS:
             self._process.send_signal(signal.SIGTERM if self._torchrun else signal.SIGKILL)
-        else:
-            self._ask(self.received)
 
     def _ask(self, wish: signal.Signals) -> None:
         """Ask for a stop at the next step.
@@ -191,7 +195,9 @@ class Worker:
         def handler(number: int, frame: FrameType | None) -> None:
             self.forward(number)
 
-        before = {number: signal.signal(number, handler) for number in FORWARDED}
+        # Under nohup SIGHUP is ignored, and is meant to be.
+        numbers = [n for n in FORWARDED if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+        before = {number: signal.signal(number, handler) for number in numbers}
         try:
             yield
         finally:

@@ -62,6 +62,7 @@ class StageProgress:
         self._task = self._progress.add_task(label, total=None, detail="starting")
         self._printed, self._line = time.monotonic(), ""
         self._first = True
+        self._told: set[str] = set()
 
     def __enter__(self) -> StageProgress:
         if self._console.is_terminal:
@@ -87,6 +88,12 @@ class StageProgress:
         )
         if not self._console.is_terminal:
             self._print_now_and_then()
+
+    def tell(self, words: str) -> None:
+        """Print a line, once."""
+        if words not in self._told:
+            self._told.add(words)
+            self._console.print(f"  {words}", highlight=False, markup=False, soft_wrap=True)
 
     def _print_now_and_then(self) -> None:
         passed, line = time.monotonic() - self._printed, self.line()

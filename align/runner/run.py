@@ -200,6 +200,8 @@ class _Run:
                 metrics = MetricsTail(worker.work / "metrics.jsonl")
                 while not worker.wait(POLL_SECONDS):
                     progress.update(worker.status, metrics.read())
+                    if worker.received is not None:
+                        progress.tell(f"{worker.received.name}: saving and stopping; once more ends it at once")
             worker.check(self.folder.keep_log(node.name, worker.log))
             artifact = self.store.get(node.fingerprint)
         except AlignError as error:

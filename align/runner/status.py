@@ -48,10 +48,10 @@ def read_run(folder: RunFolder) -> list[StageView]:
 def _view(name: str, stage: StageRecord, alive: bool) -> StageView:
     state, message = stage.state, stage.message
     worker = read_status(Path(stage.work)) if stage.work else None
-    if state == "running":
-        message = worker.message if worker else ""
-        if not alive and not is_locked(Path(stage.work) / WORKER_LOCK):
-            return StageView(name, "stopped", *_steps(worker), stage.seconds, "run it again to resume")
+    if stage.work and is_locked(Path(stage.work) / WORKER_LOCK):
+        state, message = "running", worker.message if worker else ""  # also where its runner is gone
+    elif state == "running" and not alive:
+        return StageView(name, "stopped", *_steps(worker), stage.seconds, "run it again to resume")
     return StageView(name, state, *_steps(worker), stage.seconds, message)
 
 

@@ -158,6 +158,25 @@ def test_a_worker_stops_when_asked_and_holds_its_lock_until_then(tmp_path: Path)
         pass
 
 
+def test_a_worker_that_does_not_stop_is_ended_by_a_later_signal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several at once are one wish; a stopped process (SIGSTOP) hears none but SIGKILL."""
+    now = [100.0]
+    monkeypatch.setattr("align.runner.launch.time.monotonic", lambda: now[0])
+    with Worker(job(tmp_path)) as worker:
+        worker.process.send_signal(signal.SIGSTOP)
+        worker.forward(signal.SIGTERM)
+        worker.forward(signal.SIGHUP)
+        assert worker.process.poll() is None
+        now[0] += 2
+        worker.forward(signal.SIGTERM)
+        assert os.waitid(os.P_PID, worker.process.pid, os.WEXITED | os.WNOWAIT).si_status == signal.SIGKILL
+    assert worker.process.poll() == -signal.SIGKILL
+    with pytest.raises(Terminated):
+        worker.check(worker.log)
+
+
 def test_a_signal_before_the_start_reaches_the_worker(tmp_path: Path) -> None:
     worker = Worker(job(tmp_path))
     with worker.signals():
@@ -174,6 +193,15 @@ def test_signal_handlers_are_restored(tmp_path: Path) -> None:
     with Worker(job(tmp_path)).signals():
         assert signal.getsignal(signal.SIGTERM) != before
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_nohup_is_respected(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Worker(job(tmp_path)).signals():
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_no_worker_outlives_a_runner_that_fails(tmp_path: Path) -> None:

@@ -103,3 +103,11 @@ def test_a_terminal_of_any_width_gets_a_bar_that_fits(monkeypatch: pytest.Monkey
     rows = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).replace("\r", "\n").splitlines()
     assert any("sft" in row and "300/400" in row for row in rows)
     assert max(map(cell_len, rows)) <= width
+
+
+def test_what_is_told_is_told_once() -> None:
+    console = Console(file=io.StringIO(), width=80)
+    with StageProgress(console, "sft") as bar:
+        bar.tell("SIGINT: saving and stopping")
+        bar.tell("SIGINT: saving and stopping")
+    assert console.file.getvalue() == "  SIGINT: saving and stopping\n"
