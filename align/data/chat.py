@@ -87,31 +87,22 @@ class ChatEncoder:
         tokenizer: With a chat template, unless only texts are encoded.
         max_tokens: Longest prompt + completion; longest prompt, for prompts alone.
         loss_on: Whether the assistant's turns are trained, or everything.
-        marks: Whether ``{% generation %}`` decides where the assistant begins, in a template that has it.
 
     Raises:
         DataError: The tokenizer has no EOS.
     """
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        max_tokens: int,
-        loss_on: LossOn = "completion",
-        *,
-        marks: bool = True,
-    ) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int, loss_on: LossOn = "completion") -> None:
         if tokenizer.eos_token_id is None:
             raise DataError("the tokenizer has no EOS token, so no completion could end", fix="set its eos_token")
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
         self.loss_on = loss_on
         self.noted: Counter[str] = Counter()
-        self._marks = marks
-        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-        self._special = re.compile(
-            "|".join(re.escape(t) for t in sorted(special | set(tokenizer.all_special_tokens), key=len, reverse=True))
-        )
+        added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+        # A padding token like "!" ends no turn; a text may hold it.
+        special = {t for t in (*added, *tokenizer.all_special_tokens) if len(t) > 2 or t == tokenizer.eos_token}
+        self._special = re.compile("|".join(re.escape(t) for t in sorted(special, key=len, reverse=True)))
         self._trailing_special = re.compile(rf"(?:\s*(?:{self._special.pattern}))+\s*\Z")
 
     def encode(self, record: Record) -> Example:
@@ -140,7 +131,7 @@ class ChatEncoder:
 
     @cached_property
     def _template(self) -> ChatTemplate:
-        return ChatTemplate(self.tokenizer, self._special, marks=self._marks)
+        return ChatTemplate(self.tokenizer, self._special)
 
     def _lay_out(self, record: Record) -> _Layout:
         if isinstance(record, Text):
@@ -208,7 +199,7 @@ class ChatEncoder:
         """Token ids of texts; `whole` ones get what the tokenizer puts around a text (BOS)."""
         if not texts:
             return []
-        return self.tokenizer(texts, add_special_tokens=whole, return_attention_mask=False)["input_ids"]
+        return self.tokenizer(texts, add_special_tokens=whole, return_attention_mask=False, verbose=False)["input_ids"]
 
     def _example(self, layout: _Layout, ids: dict[Piece, list[int]]) -> Example:
         record = layout.record

@@ -45,13 +45,12 @@ class ChatTemplate:
     Args:
         tokenizer: With a chat template.
         special: Matches any of its special tokens.
-        marks: Whether ``{% generation %}`` decides where the assistant begins, in a template that has it.
 
     Raises:
         DataError: There is no template, or it cannot render a question and an answer.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, special: re.Pattern[str], *, marks: bool = True) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, special: re.Pattern[str]) -> None:
         if not tokenizer.chat_template:
             raise DataError(
                 "the tokenizer has no chat template, so a conversation cannot be told from plain text",
@@ -64,7 +63,7 @@ class ChatTemplate:
         self._special = special
         self._special_end = re.compile(rf"(?:{special.pattern})\Z")
         self._eos = str(tokenizer.eos_token)
-        self._marks = marks and MARK.search(self._template) is not None
+        self._marks = MARK.search(self._template) is not None
         question, answer = Message(role="user", content="question"), Message(role="assistant", content="answer")
         try:
             tail = self._render([question, answer]).rpartition("answer")[2]
@@ -110,7 +109,7 @@ class ChatTemplate:
             raise BadRow("the chat template rewrites earlier turns, so the conversation does not begin with its prompt")
         return self._pieces(full, len(start), spans, turns)
 
-    def context(self, text: str) -> str:
+    def _context(self, text: str) -> str:
         """What decides how text right after `text` is tokenised: its last special token, or its last character."""
         found = self._special_end.search(text, max(0, len(text) - LONGEST_SPECIAL))
         return found[0] if found else text[-1:]
@@ -123,18 +122,18 @@ class ChatTemplate:
             text = full[begin:end]
             # A turn whose words the template takes out or changes (the thoughts of earlier turns) says something the
             # data does not say: it stays as context and is not trained.
-            kept = turns[2 * number]["content"].strip() in text
+            kept = text.removesuffix(self._stop).rstrip().endswith(turns[2 * number]["content"].strip())
             if number == len(spans) - 1:
                 text = text.removesuffix(self._eos)
             if begin > cursor:
-                pieces.append(Piece(full[cursor:begin], after=self.context(full[:cursor])))
-            pieces.append(Piece(text, kept, self.context(full[:begin]), not kept))
+                pieces.append(Piece(full[cursor:begin], after=self._context(full[:cursor])))
+            pieces.append(Piece(text, kept, self._context(full[:begin]), not kept))
             cursor = end
         return tuple(pieces)
 
     def _spans(self, full: str, start: str, messages: Sequence[Message], first: int) -> list[tuple[int, int]]:
         """Begin and end of every assistant's turn from message `first` on, by rendering turn after turn."""
-        spans = []
+        spans: list[tuple[int, int]] = []
         for i in range(first, len(messages), 2):
             if i > first:
                 start = self._render(messages[:i], generation_prompt=True)
@@ -144,6 +143,8 @@ class ChatTemplate:
             region = full[len(start) : len(upto) if full.startswith(upto) else None]
             stop = region.find(self._stop) if self._stop else -1
             length = len(region.removesuffix(self._space)) if stop < 0 else stop + len(self._stop)
+            if spans and spans[-1][1] > len(start):
+                raise BadRow("the chat template ends earlier turns in another way than the last one")
             spans.append((len(start), len(start) + length))
         return spans
 

@@ -5,6 +5,10 @@ The oracle is transformers' own `apply_chat_template` on the whole conversation,
 
 from __future__ import annotations
 
+import logging
+import re
+from copy import copy
+
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -13,7 +17,7 @@ from align.data.chat import CONTROL, CUT_AWAY, EMPTY, EQUAL, NO_ROOM, REWRITTEN,
 from align.data.records import BadRow, Conversation, Dropped, Pair, Prompt, Text
 from align.errors import DataError
 from tests.data.conversations import conversation, record, texts
-from tests.data.tokenizers import CHATML, IM, MAKERS, MARKED, PLAIN, byte_level, tokenizer_of
+from tests.data.tokenizers import CHATML, GLUED, IM, MAKERS, MARKED, PLAIN, byte_level, tokenizer_of
 
 LONG = 4096
 
@@ -109,10 +113,10 @@ def test_ordinary_words_are_tokenised_as_in_the_whole(name: str) -> None:
     turns=st.lists(texts, min_size=2, max_size=6).filter(lambda turns: len(turns) % 2 == 0), system=st.none() | texts
 )
 def test_generation_marks_and_turn_by_turn_rendering_agree(name: str, turns: list[str], system: str | None) -> None:
+    marked, unmarked = tokenizer_of(name), copy(tokenizer_of(name))
+    unmarked.chat_template = re.sub(r"\{% (end)?generation %\}", "", marked.chat_template)
     conversation_ = record(*turns, system=system)
-    marked = ChatEncoder(tokenizer_of(name), LONG).encode(conversation_)
-    rendered = ChatEncoder(tokenizer_of(name), LONG, marks=False).encode(conversation_)
-    assert marked == rendered
+    assert ChatEncoder(marked, LONG).encode(conversation_) == ChatEncoder(unmarked, LONG).encode(conversation_)
 
 
 @some
@@ -152,6 +156,17 @@ def test_a_pair_shares_its_prompt_token_by_token(name: str, prompt: str, chosen:
         alone = encoder.encode(record(prompt, side))
         assert alone.prompt_ids == example.prompt_ids == encoder.prompt(conversation(prompt))
         assert alone.completions == (completion,)
+
+
+@every_plain
+def test_answers_in_the_prompt_of_a_pair_are_not_trained(name: str) -> None:
+    tokenizer = tokenizer_of(name)
+    prompt = conversation("why", "because", "how")
+    example = ChatEncoder(tokenizer, LONG).encode(Pair(0, prompt, *(conversation("", x)[1:] for x in ("so", "no"))))
+    assert example.prompt_ids == ids_of(tokenizer, prompt, add_generation_prompt=True)
+    for completion, words in zip(example.completions, ("so", "no"), strict=True):
+        assert tokenizer.decode(completion.ids, skip_special_tokens=True).strip() == words
+        assert all(completion.mask)
 
 
 def test_a_merge_across_the_border_is_taken_apart() -> None:
@@ -273,6 +288,13 @@ class TestTemplatesThatRewrite:
         with pytest.raises(BadRow, match="rewrites earlier turns"):
             ChatEncoder(tokenizer_of("opens-thoughts"), LONG).encode(record("why", "so", "how", "thus"))
 
+    def test_turns_that_end_in_another_way_than_the_last_are_refused(self) -> None:
+        ends_once = GLUED.replace("{{ eos_token }}", "{{ eos_token if loop.last }}")
+        encoder = ChatEncoder(byte_level(ends_once, ["</s>"], eos="</s>"), LONG)
+        assert all(encoder.encode(record("why", "so")).completions[0].mask)
+        with pytest.raises(BadRow, match="in another way than the last"):
+            encoder.encode(record("why", "so", "how", "thus"))
+
     def test_an_answer_that_is_not_written_is_dropped(self) -> None:
         template = CHATML.replace("m['content']", "m['content'].split('</think>')[-1]")
         tokenizer = byte_level(template, IM, eos="<|im_end|>")
@@ -316,3 +338,18 @@ def test_tokenizers_that_cannot_serve_are_refused() -> None:
     endless.eos_token = None
     with pytest.raises(DataError, match="no EOS"):
         ChatEncoder(endless, LONG)
+
+
+def test_a_padding_token_that_is_a_letter_is_no_control_token() -> None:
+    tokenizer = byte_level(CHATML, IM, eos="<|im_end|>", pad="!")
+    assert ChatEncoder(tokenizer, LONG).encode(record("why!", "so!")).completions
+
+
+def test_long_texts_are_no_reason_to_warn(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = byte_level(CHATML, IM, eos="<|im_end|>")
+    tokenizer.model_max_length = 16
+    logging.getLogger("transformers").propagate = True
+    with caplog.at_level(logging.WARNING):
+        example = ChatEncoder(tokenizer, 64).encode(record("why", "the sea is wide " * 99))
+    assert example.completions[0].truncated
+    assert caplog.records == []

@@ -161,6 +161,24 @@ def test_a_template_that_refuses_rows_quarantines_them(tmp_path: Path) -> None:
         load(source, tokenizer=tokenizer_of("gemma"))
 
 
+def test_broken_bytes_in_a_csv_are_a_bad_row(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_bytes(b"text\nthe sea \xc3\xa9\nthe \xff sea\n")
+    quarantine = tmp_path / "quarantine.jsonl"
+    source = FileData(path="rows.csv", format="text", max_bad_rows=0.5)
+    examples, report = load(source, folder=tmp_path, quarantine=quarantine)
+    assert len(examples) == 1
+    assert report.quarantined == {"`text` has broken unicode": 1}
+    assert json.loads(quarantine.read_text())["line"] == 3
+
+
+def test_the_same_words_with_another_weight_are_another_row(tmp_path: Path) -> None:
+    source = lines(
+        tmp_path / "rows.jsonl", qa("why", "so", weight=1), qa("why", "so", weight=2), qa("why", "so", weight=1)
+    )
+    examples, _ = load(source)
+    assert [example.weight for example in examples] == [1.0, 2.0]
+
+
 def test_pairs_and_their_contradictions(tmp_path: Path) -> None:
     rows = [
         {"prompt": "why", "chosen": "so", "rejected": "no"},

@@ -105,6 +105,12 @@ GOOD: list[tuple[str, str, dict[str, Any], Any]] = [
         Pair(5, [SYSTEM, *said("a", "b", "why")], ANSWER, OTHER),
     ),
     (
+        "parting after an answer",
+        "pairs",
+        {"chosen": said("why", "so", "how", "thus"), "rejected": said("why", "so", "when", "now")},
+        Pair(5, said("why"), said("", "so", "how", "thus")[1:], said("", "so", "when", "now")[1:]),
+    ),
+    (
         "continued for several turns",
         "pairs",
         {"chosen": said("why", "so", "how", "thus"), "rejected": said("why", "no")},
