@@ -97,14 +97,23 @@ class RunFolder:
             yield
 
     def register(self, home: Path) -> None:
-        """Leave a link to this folder in the store, so that `align gc` keeps what runs anywhere point to."""
-        roots = home / ROOTS
-        roots.mkdir(parents=True, exist_ok=True)
+        """Leave a link to this folder in the store, so that `align gc` keeps what runs anywhere point to.
+
+        Raises:
+            LaunchError: The store cannot be written.
+        """
         path = self.path.resolve()
-        link = roots / hashlib.sha256(str(path).encode()).hexdigest()[:16]
-        if not link.is_symlink():
+        link = home / ROOTS / hashlib.sha256(str(path).encode()).hexdigest()[:16]
+        try:
+            link.parent.mkdir(parents=True, exist_ok=True)
             with suppress(FileExistsError):
-                link.symlink_to(path, target_is_directory=True)
+                link.symlink_to(path)
+        except OSError as error:
+            raise LaunchError(
+                f"cannot write to the store: {error.strerror}",
+                where=str(home),
+                fix="set ALIGN_HOME to a folder you can write to",
+            ) from None
 
     def is_locked(self) -> bool:
         """Whether a run is going on here."""
@@ -112,10 +121,13 @@ class RunFolder:
 
     def link(self, name: str, target: Path) -> None:
         """Point `<name>` at a folder, replacing an older link in one step."""
-        temporary = self.path / f".{name}.{os.getpid()}"
+        self._link(self.path / name, target)
+
+    def _link(self, path: Path, target: Path) -> None:
+        temporary = _beside(path)
         temporary.unlink(missing_ok=True)
-        temporary.symlink_to(target.resolve(), target_is_directory=True)
-        temporary.replace(self.path / name)
+        temporary.symlink_to(target.resolve())
+        temporary.replace(path)
 
     def links(self) -> dict[str, Path]:
         """Stage -> artifact folder, for links whose artifact is still there."""
@@ -129,12 +141,22 @@ class RunFolder:
             if path.is_symlink() and path.resolve() != keep.get(path.name):
                 path.unlink()
 
-    def keep_log(self, stage: str, log: Path) -> Path:
-        """Copy a worker's log to `logs/<stage>.txt`."""
-        kept = self.log_folder / f"{stage}.txt"
-        with suppress(FileNotFoundError):
-            shutil.copyfile(log, kept)
-        return kept
+    def log(self, stage: str) -> Path:
+        """Where a user finds the log of a stage."""
+        return self.log_folder / f"{stage}.txt"
+
+    def follow_log(self, stage: str, log: Path) -> None:
+        """Show the log of a stage that is running."""
+        self._link(self.log(stage), log)
+
+    def keep_log(self, stage: str, log: Path) -> None:
+        """Keep the log of a stage that has ended; where there is no room for a copy, the link to it stays."""
+        temporary = _beside(self.log(stage))
+        try:
+            shutil.copyfile(log, temporary)
+            temporary.replace(self.log(stage))
+        except OSError:
+            temporary.unlink(missing_ok=True)
 
     def write_recipe(self, loaded: LoadedRecipe) -> None:
         """Keep the recipe as it was understood: overrides and defaults filled in, `${env:...}` left as written.
@@ -152,6 +174,11 @@ class RunFolder:
             return RunRecord.model_validate_json((self.path / "status.json").read_bytes())
         except (FileNotFoundError, ValidationError):
             return None
+
+
+def _beside(path: Path) -> Path:
+    """A hidden name in the same folder, to be renamed into place."""
+    return path.with_name(f".{path.name}.{os.getpid()}")
 
 
 def resolved(loaded: LoadedRecipe) -> dict[str, Any]:

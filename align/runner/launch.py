@@ -19,6 +19,7 @@ from typing import BinaryIO
 from pydantic import ValidationError
 
 from align.artifacts.lock import locked
+from align.artifacts.seal import write_atomic
 from align.errors import EXIT_PREEMPTED, AlignError, DataError, LaunchError, RecipeError, TrainingError
 from align.spec.job import Job, Status
 
@@ -116,7 +117,7 @@ class Worker:
         """
         with self._alone() as held:
             (self.work / "status.json").unlink(missing_ok=True)
-            (self.work / "job.json").write_text(self.job.model_dump_json(indent=2))
+            write_atomic(self.work / "job.json", self.job.model_dump_json(indent=2))
             with self.log.open("ab") as log:
                 self._process = _start(self._argv, log, held)
         if self.received is not None:

@@ -26,6 +26,7 @@ from align.runner.progress import MetricsTail, StageProgress, clock
 from align.runner.results import keep_results, run_results, show_results
 
 POLL_SECONDS = 0.2
+RESUME_FORCED = "run it again without --from to resume"
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,9 @@ def run_recipe(
         try:
             run.discard(again)
             results = {node.name: run.stage(node) for node in nodes}
-        except AlignError:
+        except AlignError as error:
+            if from_ is not None and error.fix == RESUME:
+                error.fix = RESUME_FORCED
             with suppress(AlignError):  # the page tells how far it came; its own trouble is not the one to tell
                 write_report(folder.path, folder.report)
             raise
@@ -197,16 +200,19 @@ class _Run:
         try:
             worker = Worker(job)
             with worker.signals(), worker, StageProgress(self.console, f"{node.name:<{self.width}}") as progress:
+                self.folder.follow_log(node.name, worker.log)
                 metrics = MetricsTail(worker.work / "metrics.jsonl")
                 while not worker.wait(POLL_SECONDS):
                     progress.update(worker.status, metrics.read())
                     if worker.received is not None:
                         progress.tell(f"{worker.received.name}: saving and stopping; once more ends it at once")
-            worker.check(self.folder.keep_log(node.name, worker.log))
+            self.folder.keep_log(node.name, worker.log)
+            worker.check(self.folder.log(node.name))
             artifact = self.store.get(node.fingerprint)
         except AlignError as error:
             state = "preempted" if isinstance(error, Preempted) else "failed"
-            self.note(node, state=state, seconds=time.monotonic() - start, message=str(error))
+            with suppress(AlignError):  # a full disk, of which the worker told already
+                self.note(node, state=state, seconds=time.monotonic() - start, message=str(error))
             raise
         status, self.received = worker.status, worker.received
         return artifact, status.resumed_from_step if status else 0

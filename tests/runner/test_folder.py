@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -124,12 +125,39 @@ def test_secrets_stay_names(folder: RunFolder, tmp_path: Path, monkeypatch: pyte
     assert "very-secret" not in text
 
 
-def test_the_log_is_kept_and_its_absence_tolerated(folder: RunFolder, tmp_path: Path) -> None:
+def test_a_log_is_followed_and_then_kept(folder: RunFolder, tmp_path: Path) -> None:
     folder.log_folder.mkdir()
     log = tmp_path / "log.txt"
-    assert not folder.keep_log("sft", log).exists()
+    log.write_text("first")
+    folder.follow_log("sft", log)
+    log.write_text("first and last")
+    assert folder.log("sft").read_text() == "first and last"
+    folder.keep_log("sft", log)
+    log.unlink()
+    assert folder.log("sft").read_text() == "first and last"
+
+
+def test_without_room_for_a_copy_the_link_to_the_log_stays(
+    folder: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(source: Path, target: Path) -> None:
+        Path(target).write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    folder.log_folder.mkdir()
+    log = tmp_path / "log.txt"
     log.write_text("words")
-    assert folder.keep_log("sft", log).read_text() == "words"
+    folder.follow_log("sft", log)
+    monkeypatch.setattr("shutil.copyfile", full)
+    folder.keep_log("sft", log)
+    assert folder.log("sft").read_text() == "words"
+    assert [path.name for path in folder.log_folder.iterdir()] == ["sft.txt"]
+
+
+def test_a_store_that_cannot_be_written(folder: RunFolder, tmp_path: Path) -> None:
+    (tmp_path / "home").touch()
+    with pytest.raises(LaunchError, match=r"cannot write to the store: [^\n]*\n  fix: set ALIGN_HOME"):
+        folder.register(tmp_path / "home")
 
 
 def test_the_record_comes_back(folder: RunFolder) -> None:
