@@ -37,7 +37,7 @@ DETERMINERS: Final = frozenset(_words("the its"))
 FUNCTION_WORDS: Final = frozenset(_words("the a an and of to in it its i is are was were"))
 VERBS: Final = frozenset(
     (
-        *_words("is are was were felt feels seems found left watched saw opened runs comes made"),
+        *_words("is are was were felt feels seems found left watched saw noticed opened runs"),
         *PRAISE_VERBS,
         *BLAME_VERBS,
         "recommend",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from random import Random
 from typing import Final, TypeVar
 
@@ -27,7 +27,7 @@ OPENINGS: Final = (
 NEUTRAL_OPENINGS: Final = ("I watched {title} last night.", "I saw {title} with a friend.")
 ON_ONE: Final = ("The {first} is {opinion}.", "Its {first} felt {adverb} {opinion}.", "I {verb} the {first}.")
 ON_TWO: Final = ("The {first} and the {second} are {opinion}.", "I {verb} the {first} and the {second}.")
-WITHOUT_OPINION: Final = ("I saw the {first} before.", "The {first} comes from Spain.")
+WITHOUT_OPINION: Final = ("I noticed the {first}.", "The {first} was as expected.")
 FILLERS: Final = (
     "It runs for two hours.",
     "The cinema was almost empty.",
@@ -56,6 +56,14 @@ def shuffled(rng: Random, items: Sequence[T]) -> list[T]:
     return [item for _, item in sorted(((rng.random(), item) for item in items), key=lambda keyed: keyed[0])]
 
 
+def inserted(rng: Random, items: Sequence[T], more: Iterable[T]) -> list[T]:
+    """`items` in their order, with each of `more` at a random place among them."""
+    result = list(items)
+    for item in more:
+        result.insert(pick(rng, range(len(result) + 1)), item)
+    return result
+
+
 def draw_task(rng: Random) -> tuple[Task, str]:
     """A random task and the prompt that asks for it."""
     count = pick(rng, range(1, MAX_FEATURES + 1))
@@ -80,27 +88,26 @@ class _Writer:
         self.rng = rng
         self.sloppy = 1.0 - care
         wanted = TONES[task.tone]
-        self.tone = -wanted if chance(rng, 0.5 * self.sloppy) else wanted
-        self.title = pick(rng, TITLES) if chance(rng, 0.15 * self.sloppy) else task.title
-        asked = [feature for feature in task.features if chance(rng, 1.0 - 0.65 * self.sloppy)]
+        self.tone = -wanted if chance(rng, 0.4 * self.sloppy) else wanted
+        self.title = pick(rng, TITLES) if chance(rng, 0.1 * self.sloppy) else task.title
+        asked = [feature for feature in task.features if chance(rng, 1.0 - 0.25 * self.sloppy)]
         others = [feature for feature in FEATURES if feature not in task.features]
-        strays = [pick(rng, others) for _ in range(2) if chance(rng, 0.6 * self.sloppy)]
-        self.features = shuffled(rng, list(dict.fromkeys(asked + strays)))
+        strays = [pick(rng, others) for _ in range(2) if chance(rng, 0.4 * self.sloppy)]
+        self.features = inserted(rng, asked, dict.fromkeys(strays))
         self.unused = {
             sign: {"opinion": shuffled(rng, words), "verb": shuffled(rng, verbs)}
             for sign, words, verbs in ((1, PRAISE, PRAISE_VERBS), (-1, BLAME, BLAME_VERBS))
         }
 
     def write(self) -> str:
-        body = self._on_features()
-        body += [pick(self.rng, FILLERS) for _ in range(2) if chance(self.rng, 0.6 * self.sloppy)]
-        sentences = [self._opening(), *shuffled(self.rng, body)]
-        if chance(self.rng, 1.0 - 0.6 * self.sloppy):
+        fillers = [pick(self.rng, FILLERS) for _ in range(3) if chance(self.rng, 0.7 * self.sloppy)]
+        sentences = [self._opening(), *inserted(self.rng, self._on_features(), fillers)]
+        if chance(self.rng, 1.0 - 0.8 * self.sloppy):
             sentences.append(pick(self.rng, CLOSINGS[self._sign()]))
         return " ".join(sentences)
 
     def _opening(self) -> str:
-        templates = NEUTRAL_OPENINGS if chance(self.rng, 0.6 * self.sloppy) else OPENINGS
+        templates = NEUTRAL_OPENINGS if chance(self.rng, 0.8 * self.sloppy) else OPENINGS
         return self._fill(pick(self.rng, templates))
 
     def _on_features(self) -> list[str]:
@@ -111,12 +118,12 @@ class _Writer:
             if rest and chance(self.rng, 0.3):
                 sentences.append(self._fill(pick(self.rng, ON_TWO), first=first, second=rest.pop(0)))
             else:
-                templates = WITHOUT_OPINION if chance(self.rng, 0.3 * self.sloppy) else ON_ONE
+                templates = WITHOUT_OPINION if chance(self.rng, 0.6 * self.sloppy) else ON_ONE
                 sentences.append(self._fill(pick(self.rng, templates), first=first))
         return sentences
 
     def _sign(self) -> int:
-        return -self.tone if chance(self.rng, 0.3 * self.sloppy) else self.tone
+        return -self.tone if chance(self.rng, 0.2 * self.sloppy) else self.tone
 
     def _fill(self, template: str, first: str = "", second: str = "") -> str:
         unused = self.unused[self._sign()]

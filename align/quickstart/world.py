@@ -17,7 +17,7 @@ from align.quickstart.reviews import chance, draw_task, write_review
 
 Row = dict[str, Any]
 
-CARE: Final = {"corpus": (0.0, 0.5), "demonstrations": (0.3, 0.8), "preferences": (0.2, 1.0)}
+CARE: Final = {"corpus": (0.0, 0.9), "demonstrations": (0.4, 0.9), "preferences": (0.2, 1.0)}
 """Range of the writers' care, drawn uniformly per review."""
 
 SMALLEST_GAP: Final = 0.05
@@ -42,7 +42,7 @@ class FilmReviews:
     Row i depends on part, seed, options and i only, so a shorter table is the beginning of a longer one.
     """
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     parts: ClassVar[dict[str, str]] = {
         "corpus": "prompt_completion",
         "demonstrations": "prompt_completion",

@@ -19,10 +19,10 @@ COLUMNS = {
     "prompts": ["prompt"],
 }
 DIGESTS = {
-    "corpus": (1, "51e18ac3c7b492c4"),
-    "demonstrations": (1, "be51b08b3f9aef73"),
-    "preferences": (1, "1847402e0736c751"),
-    "heldout": (1, "c0282faa87d47a5a"),
+    "corpus": (2, "b5fc636733d49ae6"),
+    "demonstrations": (2, "4f97a751940cd9cd"),
+    "preferences": (2, "6a3001d7567738af"),
+    "heldout": (2, "3a69c380f208eec4"),
 }
 score = GoldReward().score
 
