@@ -57,8 +57,8 @@ FIELDS_OF_FORMAT: dict[Format, Fields] = {
     "sharegpt": Fields((("conversations",),), ("system", "tools", "weight")),
     "prompt_completion": Fields((("prompt", "completion"),), ("weight",)),
     "pairs": Fields(
-        (("chosen", "rejected"), ("instruction", "output")),
-        ("prompt", "conversations", "input", "history", "system", "weight"),
+        (("prompt", "chosen", "rejected"), ("chosen", "rejected"), ("instruction", "output")),
+        ("conversations", "input", "history", "system", "weight"),
     ),
     "prompts": Fields(
         (("prompt",), ("messages",), ("conversations",), ("instruction",)), ("input", "history", "system")

@@ -142,6 +142,10 @@ def test_marks_may_leave_a_part_of_the_turn_untrained() -> None:
     example = ChatEncoder(tokenizer, LONG).encode(record("why", "because", "how", "so"))
     assert [tokenizer.decode(run) for run in trained(example)] == ["because<|im_end|>", "so<|im_end|>"]
     assert tokenizer.decode(example.completions[0].ids).startswith("<think>\n</think>\nbecause")
+    sides = (conversation("", side)[1:] for side in ("so", "no"))
+    pair = ChatEncoder(tokenizer, LONG).encode(Pair(0, conversation("why", "because", "how"), *sides))
+    assert tokenizer.decode(pair.completions[0].ids) == "<think>\n</think>\nso<|im_end|>"
+    assert [tokenizer.decode(run) for run in trained(pair)] == ["so<|im_end|>"]
 
 
 @every_plain

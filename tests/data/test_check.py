@@ -175,8 +175,10 @@ def test_the_same_words_with_another_weight_are_another_row(tmp_path: Path) -> N
     source = lines(
         tmp_path / "rows.jsonl", qa("why", "so", weight=1), qa("why", "so", weight=2), qa("why", "so", weight=1)
     )
-    examples, _ = load(source)
-    assert [example.weight for example in examples] == [1.0, 2.0]
+    assert [example.weight for example in load(source)[0]] == [1.0, 2.0]
+    rows = [{"prompt": "why", "chosen": "so", "rejected": "no", "weight": weight} for weight in (1, 2, 1)]
+    pairs, _ = load(lines(tmp_path / "pairs.jsonl", *rows, format="pairs"), Batch.PAIRED)
+    assert [pair.weight for pair in pairs] == [1.0, 2.0]
 
 
 def test_pairs_and_their_contradictions(tmp_path: Path) -> None:
