@@ -102,6 +102,7 @@ def _panel(record: Record, word: str) -> Panel:
     else:
         body.append(record.text)
     weight = "" if isinstance(record, Prompt) or record.weight == 1 else f", weight {record.weight:g}"
+    body.rstrip()
     return Panel(body, title=f"{word} {record.row}{weight}", title_align="left")
 
 
@@ -119,7 +120,7 @@ def _masked(example: Example, tokenizer: PreTrainedTokenizerBase, word: str) -> 
             body.append(f"\n{name} ", style="bold yellow")
         _add_completion(body, completion, tokenizer)
     trained = [sum(completion.mask) for completion in example.completions]
-    told = f"{len(example.prompt_ids)} prompt tokens, {' and '.join(map(str, trained))} trained"
+    told = f"prompt {len(example.prompt_ids)} tokens, trained {' and '.join(map(str, trained))}"
     return Panel(body, title=f"{word} {example.row}: {told}", title_align="left")
 
 

@@ -73,7 +73,7 @@ def test_masks_bracket_what_is_trained(tmp_path: Path) -> None:
     assert "⟦b<|im_end|>⟧" in text
     assert "⟦d<|im_end|>⟧" in text
     assert text.count("⟦") == 3, "the legend and two turns"
-    assert "line 1: 9 prompt tokens, 4 trained" in text
+    assert "line 1: prompt 9 tokens, trained 4" in text
     assert "⟦im_start" not in masks(source, Batch.TOKENS, tmp_path, loss_on="completion")
     assert "⟦user" in masks(source, Batch.TOKENS, tmp_path, loss_on="all")
 
