@@ -25,7 +25,7 @@ def overrides(seed: int, shuffled: bool) -> list[str]:
     parts = ("corpus", "demonstrations", "preferences", "heldout")
     sets = [f"stages.{s}.train.seed={seed}" for s in stages] + [f"data.{p}.seed={seed}" for p in parts]
     sets += [f"stages.comparison.generation.seed={seed}", f"name=quickstart-seed{seed}{'-shuffled' * shuffled}"]
-    return [*sets, "data.preferences.options.shuffle_labels=true"] if shuffled else sets
+    return [*sets, "data.preferences.options={shuffle_labels: true}"] if shuffled else sets
 
 
 def main() -> int:

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from pydantic import Field, PositiveFloat
 
 from align.methods import method
+from align.methods.ops import paired_metrics
 from align.spec.stages import PairedStage, Referenced
 from align.types import Batch, LossOutput, Needs, PairedLogps
 
@@ -43,6 +43,7 @@ def dpo_loss(logps: PairedLogps, config: DPO) -> LossOutput:
         One term per pair; metrics are the implicit rewards `beta * (log pi - log ref)`, unsmoothed.
 
     Example:
+        >>> import torch
         >>> from align.types import Logps
         >>> row = lambda total: Logps(torch.tensor([total]), torch.tensor([4.0]))
         >>> one = torch.ones(1)
@@ -56,12 +57,5 @@ def dpo_loss(logps: PairedLogps, config: DPO) -> LossOutput:
     rejected = config.beta * (logps.rejected.total - reference.rejected.total)
     margin, e = chosen - rejected, config.label_smoothing
     loss = -(1 - e) * F.logsigmoid(margin) - e * F.logsigmoid(-margin)
-    metrics = {
-        "rewards/chosen": chosen,
-        "rewards/rejected": rejected,
-        "rewards/margin": margin,
-        "rewards/accuracy": (margin > 0).to(torch.float32),
-        "logps/chosen": logps.chosen.total,
-        "logps/rejected": logps.rejected.total,
-    }
+    metrics = paired_metrics(logps, chosen, rejected)
     return LossOutput.of_examples(loss, weight=logps.weight, metrics=metrics)

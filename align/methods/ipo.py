@@ -16,6 +16,7 @@ import torch
 from pydantic import PositiveFloat
 
 from align.methods import method
+from align.methods.ops import paired_metrics
 from align.spec.stages import PairedStage, Referenced
 from align.types import Batch, Logps, LossOutput, Needs, PairedLogps
 
@@ -56,12 +57,5 @@ def ipo_loss(logps: PairedLogps, config: IPO) -> LossOutput:
 
     chosen, rejected = ratio(logps.chosen, reference.chosen), ratio(logps.rejected, reference.rejected)
     margin = chosen - rejected
-    metrics = {
-        "rewards/chosen": chosen,
-        "rewards/rejected": rejected,
-        "rewards/margin": margin,
-        "rewards/accuracy": (margin > 0).to(torch.float32),
-        "logps/chosen": logps.chosen.total,
-        "logps/rejected": logps.rejected.total,
-    }
+    metrics = paired_metrics(logps, chosen, rejected)
     return LossOutput.of_examples((margin - 1 / (2 * config.tau)) ** 2, weight=logps.weight, metrics=metrics)

@@ -7,7 +7,6 @@ them, and owns the accumulation boundary, so `gradient_accumulation_steps` stays
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import time
 from collections.abc import Sequence
@@ -27,6 +26,7 @@ from align.spec.train import ValidationSettings
 from align.training import checkpoint as ckpt
 from align.training import collectives
 from align.training.guards import FiniteGradients, StopRequest
+from align.training.metrics import MetricsFile
 from align.training.reference import reference_logps, starting_kl
 from align.training.schedule import Schedule, StepDataset
 from align.training.step import Reference, Step, Totals, pooled_means, scaled_loss
@@ -98,6 +98,7 @@ class AlignTrainer(Trainer):
         self.step, self.examples, self.validation = step, examples, validation
         self.validation_settings = validation_settings
         self.reference_role, self.same_reference = reference_role, same_reference
+        self.metrics_file = MetricsFile(work / "metrics.jsonl")
         self.work, self.keep_checkpoints, self.report = work, keep_checkpoints, report or Silent()
         self.resumed_from_step = 0
         self.final_state: dict[str, Tensor] = {}
@@ -133,7 +134,9 @@ class AlignTrainer(Trainer):
             self.resumed_from_step = ckpt.step_of(found)
             logger.info("resuming from step %d", self.resumed_from_step)
             self.report.resumed_from_step = self.resumed_from_step
-        self._trim_metrics()
+        if collectives.rank() == 0:
+            self.metrics_file.forget_after(self.resumed_from_step)
+        collectives.barrier()
         self.train(resume_from_checkpoint=str(found) if found else None)
         if self.state.global_step < self.state.max_steps and self.stop_request.received is not None:
             raise Preempted(self.state.global_step)
@@ -323,17 +326,7 @@ class AlignTrainer(Trainer):
 
     def _write(self, line: dict[str, Any]) -> None:
         if collectives.rank() == 0:
-            with (self.work / "metrics.jsonl").open("a") as out:
-                out.write(json.dumps(line) + "\n")
-
-    def _trim_metrics(self) -> None:
-        """Forget lines of steps that will be done again."""
-        path = self.work / "metrics.jsonl"
-        if collectives.rank() == 0:
-            lines = path.read_text().splitlines() if path.exists() and self.resumed_from_step else []
-            kept = [line for line in lines if _step_of_line(line) <= self.resumed_from_step]
-            path.write_text("".join(line + "\n" for line in kept))
-        collectives.barrier()
+            self.metrics_file.append(line)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The trained tensors alone, whole, as safetensors; no pickled arguments."""
@@ -357,10 +350,3 @@ class AlignTrainer(Trainer):
             staged = Path(self.args.output_dir) / f"checkpoint-{step}"
             ckpt.publish_checkpoint(staged, self.work / "checkpoints", step, self.keep_checkpoints, pinned=None)
         collectives.barrier()
-
-
-def _step_of_line(line: str) -> int:
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return 2**63

@@ -1,0 +1,36 @@
+"""`metrics.jsonl`: one JSON object per logged step, with no step twice after a resume."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+class MetricsFile:
+    """The file; written by rank 0 alone.
+
+    Args:
+        path: Where it is.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Add what was logged at `line["step"]`."""
+        with self.path.open("a", encoding="utf-8") as out:
+            out.write(json.dumps(line) + "\n")
+
+    def forget_after(self, step: int) -> None:
+        """Drop the lines of steps that will be done again, and a last line that was cut off."""
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() and step else []
+        kept = [line + "\n" for line in lines if _step(line) <= step]
+        self.path.write_text("".join(kept), encoding="utf-8")
+
+
+def _step(line: str) -> float:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
