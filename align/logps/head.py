@@ -6,6 +6,7 @@ logits are computed again in the backward pass. Shape letters: N trained tokens,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,23 +33,36 @@ def token_logps(causal_lm: Any, pack: Pack) -> Tensor:
         # Touch body and head, so that every trained parameter takes part in the backward pass of every rank.
         return causal_lm.lm_head(hidden[:1]).float().sum(-1)[:0]
     states = hidden.index_select(0, pack.positions)
-    tile = max(1, TILE_ELEMENTS // causal_lm.config.get_text_config().vocab_size)
-    if len(states) <= tile or not torch.is_grad_enabled():
-        tiles = [_tile(causal_lm.lm_head, h, y) for h, y in _tiles(states, pack.targets, tile)]
-    else:
-        tiles = [
-            checkpoint(_tile, causal_lm.lm_head, h, y, use_reentrant=False)
-            for h, y in _tiles(states, pack.targets, tile)
-        ]
-    return torch.cat(tiles)
+    return _through_head(causal_lm.lm_head, states, pack.targets, causal_lm.config.get_text_config().vocab_size)
 
 
-def _tiles(states: Tensor, targets: Tensor, tile: int):
-    return zip(states.split(tile), targets.split(tile), strict=True)
+def _through_head(lm_head: Any, states: Tensor, targets: Tensor, vocabulary: int) -> Tensor:
+    """All tiles inside one call of the head.
+
+    Every call of a module gathers its weight under ZeRO-3, and ranks have to gather equally often; how many tiles a
+    rank has depends on its own tokens.
+    """
+    own_forward, tile = lm_head.forward, max(1, TILE_ELEMENTS // vocabulary)
+
+    def tiled(states: Tensor, targets: Tensor) -> Tensor:
+        tiles = list(zip(states.split(tile), targets.split(tile), strict=True))
+        if len(tiles) == 1 or not torch.is_grad_enabled():
+            return torch.cat([_tile(own_forward, h, y) for h, y in tiles])
+        return torch.cat([checkpoint(_tile, own_forward, h, y, use_reentrant=False) for h, y in tiles])
+
+    replaced = vars(lm_head).get("forward")
+    lm_head.forward = tiled
+    try:
+        return lm_head(states, targets)
+    finally:
+        if replaced is None:
+            del lm_head.forward
+        else:
+            lm_head.forward = replaced
 
 
-def _tile(lm_head: Any, states: Tensor, targets: Tensor) -> Tensor:
-    return -F.cross_entropy(lm_head(states).float(), targets, reduction="none")
+def _tile(head: Callable[[Tensor], Tensor], states: Tensor, targets: Tensor) -> Tensor:
+    return -F.cross_entropy(head(states).float(), targets, reduction="none")
 
 
 def check_head(causal_lm: Any) -> None:

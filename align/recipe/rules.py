@@ -1,7 +1,7 @@
 """Combinations of settings that cannot work, in one table: each with the reason and what to do instead.
 
-What is not here works: a LoRA adapter on a base in fp32, int8 or NF4, and a model trained in full, each with no
-DeepSpeed, ZeRO-1, 2 and 3, give on two ranks the losses and weights of one process.
+What is not here works: a LoRA adapter on a base in fp32 or NF4, and a model trained in full, each with no DeepSpeed,
+ZeRO-1, 2 and 3, give on two ranks the losses and weights of one process. With int8 they do so up to its rounding.
 """
 
 from __future__ import annotations
@@ -54,6 +54,11 @@ def _dropout_with_reference(node: Node) -> bool:
     return isinstance(adapter, LoraSettings) and adapter.dropout > 0 and get_method(_kind(node)).reference
 
 
+def _int8_with_reference(node: Node) -> bool:
+    quantised = node.model is not None and node.model.quantization == "int8"
+    return quantised and isinstance(node.stage, TrainedStage) and get_method(_kind(node)).reference
+
+
 def _merged_by_one_rank(node: Node) -> bool:
     model = node.model
     return (
@@ -88,6 +93,15 @@ RULES: tuple[Rule, ...] = (
         _dropout_with_reference,
         "the reference runs without dropout, so policy and reference would differ from the first step on, by noise",
         "write dropout: 0 in this stage's `model.adapter`",
+    ),
+    Rule(
+        "int8-reference",
+        ("model.quantization", "stage.reference"),
+        "`quantization: int8` with a method that has a `reference`",
+        _int8_with_reference,
+        "int8 rounds activations by what else is in the batch, so policy and reference differ by noise of 0.01 nats "
+        "per token and more",
+        "write quantization: nf4",
     ),
     Rule(
         "merge-zero3",

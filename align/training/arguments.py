@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +43,7 @@ def training_arguments(
     validation = settings.validation
     # Naming a backend makes accelerate expect a process group, which one plain process does not have.
     backend = ("gloo" if use_cpu else "nccl") if dist.is_initialized() else None
-    return TrainingArguments(
+    args = TrainingArguments(
         output_dir=str(work / "staging"),
         run_name=run_name,
         per_device_train_batch_size=1,
@@ -52,7 +51,7 @@ def training_arguments(
         max_steps=total_steps,
         learning_rate=settings.learning_rate,
         lr_scheduler_type=settings.lr_scheduler,
-        warmup_steps=math.ceil(settings.warmup_ratio * total_steps),
+        warmup_steps=int(settings.warmup_ratio * total_steps),
         weight_decay=settings.weight_decay,
         adam_beta1=settings.adam_beta1,
         adam_beta2=settings.adam_beta2,
@@ -79,3 +78,6 @@ def training_arguments(
         disable_tqdm=True,
         report_to=list(logging.report_to) or "none",
     )
+    if args.n_gpu > 1:
+        args._n_gpu = 1  # one process drives one GPU; the Trainer would wrap the model in DataParallel otherwise
+    return args

@@ -11,8 +11,8 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from align.artifacts.seal import publish, verify
-from align.errors import ArtifactError
+from align.artifacts.seal import publish, read_seal, verify
+from align.errors import ArtifactError, TrainingError
 
 logger = logging.getLogger(__name__)
 
@@ -41,13 +41,42 @@ def latest_verified(folder: Path) -> Path | None:
     return None
 
 
-def publish_checkpoint(staged: Path, folder: Path, step: int, keep: int, pinned: int | None) -> None:
-    """Seal a staged checkpoint, rename it into place, and drop the oldest beyond `keep` (never the pinned step)."""
+def publish_checkpoint(staged: Path, folder: Path, step: int, keep: int, launch: dict[str, int]) -> None:
+    """Seal a staged checkpoint together with its launch, rename it into place, drop the oldest beyond `keep`."""
     folder.mkdir(parents=True, exist_ok=True)
-    publish(staged, folder / f"step-{step:06d}")
+    publish(staged, folder / f"step-{step:06d}", {"launch": launch})
     for old in checkpoints(folder)[:-keep]:
-        if step_of(old) != pinned:
-            shutil.rmtree(old)
+        shutil.rmtree(old)
+
+
+def forget_after(folder: Path, step: int) -> None:
+    """Drop what was published after a step that is resumed from: it will be made again."""
+    for later in checkpoints(folder):
+        if step_of(later) > step:
+            shutil.rmtree(later)
+
+
+def check_launch(checkpoint: Path, launch: dict[str, int]) -> None:
+    """Refuse to resume where the optimizer's state is laid out otherwise.
+
+    Without DeepSpeed every rank holds the whole state, so their number may change.
+
+    Raises:
+        TrainingError: Another ZeRO stage, or under ZeRO another number of processes.
+    """
+    made = read_seal(checkpoint).extra.get("launch", launch)
+    if made["zero"] == launch["zero"] and (not launch["zero"] or made["processes"] == launch["processes"]):
+        return
+    told = [f"{each['processes']} processes with {_zero(each['zero'])}" for each in (made, launch)]
+    raise TrainingError(
+        f"{checkpoint.name} was made by {told[0]} and cannot be continued by {told[1]}",
+        where="launch",
+        fix="set launch as it was until the stage is finished, or start the stage again with --from STAGE",
+    )
+
+
+def _zero(stage: int) -> str:
+    return f"ZeRO-{stage}" if stage else "no DeepSpeed"
 
 
 def gather_trainable(roles: Any) -> dict[str, Tensor]:

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import Trainer, TrainingArguments
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from align.artifacts.seal import verify
 from align.data.chat import Example
 from align.errors import TrainingError
 from align.logps import check_head
@@ -108,7 +110,8 @@ class AlignTrainer(Trainer):
         self._gradients = FiniteGradients(p for p in model.parameters() if p.requires_grad)
         self._metrics = Totals()
         self._tokens, self._since = 0, time.monotonic()
-        self._reported = 0.0
+        stage = self.accelerator.state.deepspeed_plugin.zero_stage if self.is_deepspeed_enabled else 0
+        self._launch = {"zero": stage, "processes": collectives.world_size()}
 
     # --- data -----------------------------------------------------------------------------------------------------
 
@@ -131,17 +134,20 @@ class AlignTrainer(Trainer):
         found = ckpt.latest_verified(self.work / "checkpoints") if collectives.rank() == 0 else None
         found = collectives.gather_objects(found)[0]
         if found is not None:
+            ckpt.check_launch(found, self._launch)
             self.resumed_from_step = ckpt.step_of(found)
             logger.info("resuming from step %d", self.resumed_from_step)
             self.report.resumed_from_step = self.resumed_from_step
         if collectives.rank() == 0:
             self.metrics_file.forget_after(self.resumed_from_step)
+            ckpt.forget_after(self.work / "best", self.resumed_from_step)
         collectives.barrier()
         self.train(resume_from_checkpoint=str(found) if found else None)
         if self.state.global_step < self.state.max_steps and self.stop_request.received is not None:
             raise Preempted(self.state.global_step)
         if self.validation_settings and self.validation_settings.keep == "best" and self.state.best_global_step:
             best = self.work / "best" / f"step-{self.state.best_global_step:06d}"
+            verify(best)
             self.final_state = ckpt.read_trainable(best)
         else:
             self.final_state = ckpt.gather_trainable(self.model)
@@ -162,7 +168,9 @@ class AlignTrainer(Trainer):
                     )
             else:
                 self.model.load_trainable_state(ckpt.read_trainable(folder))
-                self._load_optimizer_and_scheduler(str(folder))
+            self._load_optimizer_and_scheduler(str(folder))
+            # The intervals are cosmetic: those of this run count, not those of the run that wrote the checkpoint.
+            self.state.compute_steps(self.args, max_steps)
         return model, loader
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -301,7 +309,7 @@ class AlignTrainer(Trainer):
             if collectives.rank() == 0:
                 staged = self.work / "staging" / "best"
                 ckpt.write_trainable(state, staged)
-                ckpt.publish_checkpoint(staged, self.work / "best", self.state.global_step, keep=1, pinned=None)
+                ckpt.publish_checkpoint(staged, self.work / "best", self.state.global_step, keep=1, launch=self._launch)
             collectives.barrier()
         since = (self.state.global_step - (self.state.best_global_step or 0)) // settings.every_steps
         if settings.patience is not None and since >= settings.patience:
@@ -338,6 +346,8 @@ class AlignTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.is_deepspeed_enabled:
             self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+            if collectives.rank() == 0:  # DeepSpeed keeps only schedulers of its own making
+                torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
         else:
             super()._save_optimizer_and_scheduler(output_dir)
 
@@ -348,5 +358,5 @@ class AlignTrainer(Trainer):
         step = self.state.global_step
         if collectives.rank() == 0:
             staged = Path(self.args.output_dir) / f"checkpoint-{step}"
-            ckpt.publish_checkpoint(staged, self.work / "checkpoints", step, self.keep_checkpoints, pinned=None)
+            ckpt.publish_checkpoint(staged, self.work / "checkpoints", step, self.keep_checkpoints, self._launch)
         collectives.barrier()

@@ -6,6 +6,8 @@ The last global batches differ in length per rank, so packs are uneven and empty
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -59,6 +61,55 @@ def test_two_ranks_equal_one(kind, model, deepspeed, base, tmp_path, tmp_path_fa
         assert result["grad_norms"] == pytest.approx(expected["grad_norms"], rel=1e-3)
         assert all(tensor.size for tensor in result["state"].values())
         assert distance(expected["state"], result["state"]) < 2e-4
+
+
+@pytest.mark.parametrize("deepspeed", ["none", "zero3"])
+def test_ranks_with_unequal_numbers_of_tiles(deepspeed, base, tmp_path):
+    """With a real vocabulary a rank cuts its head into many tiles, and ranks differ in how many."""
+    one = run_ranks(fit, Run(base, tmp_path / "one", kind="dpo"), world=1)[0]
+    many = Run(base, tmp_path / "many", kind="dpo", deepspeed=deepspeed, tile_elements=7 * 300)
+    for result in run_ranks(fit, many, deepspeed=deepspeed != "none"):
+        assert result["losses"] == pytest.approx(one["losses"], abs=2e-5)
+        assert distance(one["state"], result["state"]) < 2e-4
+
+
+def leave_after(steps: int):
+    def hook(trainer, rank):
+        original = trainer.training_step
+
+        def training_step(*args, **kwargs):
+            if trainer.state.global_step == steps:
+                raise KeyboardInterrupt
+            return original(*args, **kwargs)
+
+        trainer.training_step = training_step
+
+    return hook
+
+
+def fit_until_left(rank, world, run):
+    with pytest.raises(KeyboardInterrupt):
+        fit(rank, world, run)
+
+
+@pytest.mark.parametrize("deepspeed", ["zero2", "zero3"])
+def test_resume_under_zero_is_exact(deepspeed, base, tmp_path):
+    """Optimizer, learning rate schedule and weights go on where they were."""
+    whole = Run(base, tmp_path / "whole", deepspeed=deepspeed, steps=6, save_every=2, scheduler="linear")
+    expected = run_ranks(fit, whole, deepspeed=True)[0]
+    cut = replace(whole, work=tmp_path / "cut")
+    run_ranks(fit_until_left, replace(cut, parameter_hook=leave_after(5)), deepspeed=True)
+    result = run_ranks(fit, cut, deepspeed=True)[0]
+    assert result["resumed"] == 4
+    assert result["losses"][-2:] == pytest.approx(expected["losses"][-2:], abs=1e-6)
+    assert distance(expected["state"], result["state"]) < 1e-6
+
+
+def test_a_checkpoint_of_another_launch_is_refused(base, tmp_path):
+    run = Run(base, tmp_path, deepspeed="zero2", steps=6, save_every=2)
+    run_ranks(fit_until_left, replace(run, parameter_hook=leave_after(5)), deepspeed=True)
+    with pytest.raises(RankError, match="made by 2 processes with ZeRO-2 and cannot be continued"):
+        run_ranks(fit, replace(run, deepspeed="none"))
 
 
 def poison(trainer, rank):

@@ -37,6 +37,11 @@ BROKEN = {
         "--set model.adapter.dropout=0.1",
         "stage `dpo` has dropout 0.1 with reference sft",
     ),
+    "int8-reference": (
+        ["model.quantization=int8"],
+        "--set model.quantization=int8",
+        "stage `dpo` has quantization int8 with reference sft",
+    ),
     "merge-zero3": (
         [
             "model.quantization=none",
@@ -90,7 +95,6 @@ def test_a_combination_is_refused_with_its_place_values_and_fix(check: Check, ru
     [
         ["launch.deepspeed=zero2"],
         ["stages.dpo.launch={deepspeed: zero3, processes: 2}"],
-        ["stages.dpo.launch={deepspeed: zero3, processes: 2}", "model.quantization=int8"],
         ["stages.dpo.model={merge_parent: true}", "stages.dpo.launch={deepspeed: zero3, processes: 2}"],
         ["stages.dpo.model={merge_parent: true}", "model.quantization=none"],
         ["model.adapter=none", "model.quantization=none"],

@@ -76,7 +76,7 @@ def test_mask_of_a_stage_that_has_not_run(place: Path, capsys: pytest.CaptureFix
 def test_pretraining_trains_every_token_but_the_first(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, text = look(place, capsys, "mask", "corpus")
     assert code == 0
-    assert text.count("row 0: 1 prompt tokens, ") == 1
+    assert text.count("row 0: prompt 1 tokens, ") == 1
 
 
 def test_prompts_to_be_answered_train_nothing(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -96,6 +96,36 @@ def test_checkpoints_hold_no_pickled_arguments(base, tmp_path):
     assert "training_args.bin" not in names
 
 
+def test_a_best_validation_after_the_last_checkpoint_is_made_again(base, tmp_path):
+    run = Run(base, tmp_path / "whole", steps=8, save_every=3, validation=8, learning_rate=1e-2)
+
+    def keep_best(trainer):
+        trainer.validation_settings.keep = "best"
+        trainer.validation = trainer.examples[:8]  # what is trained on, so that every validation is the best so far
+
+    def left_after(step):
+        def hook(trainer, rank):
+            keep_best(trainer)
+            stop_at(step)(trainer, rank)
+
+        return hook
+
+    whole = fit(0, 1, replace(run, parameter_hook=lambda trainer, rank: keep_best(trainer)))
+    cut = replace(run, work=tmp_path / "cut", parameter_hook=left_after(6))
+    with pytest.raises(KeyboardInterrupt):
+        fit(0, 1, cut)
+    assert (cut.work / "best" / "step-000004").is_dir()
+    again = fit(0, 1, replace(cut, parameter_hook=lambda trainer, rank: keep_best(trainer)))
+    assert again["resumed"] == 3
+    assert same(whole["state"], again["state"])
+
+
+def test_the_first_step_of_a_short_run_trains(base, tmp_path):
+    run = Run(base, tmp_path, steps=1)
+    state = fit(0, 1, run)["state"]
+    assert any(np.abs(tensor).sum() > 0 for name, tensor in state.items() if "lora_B" in name)
+
+
 def test_best_weights_and_patience(base, tmp_path):
     """A learning rate that ruins the model: the best validation is an early one, and patience ends the run."""
     run = Run(base, tmp_path, steps=30, validation=8, learning_rate=0.5)

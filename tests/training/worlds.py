@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from align.data.chat import Completion, Example
 
+from align.data.chat import Completion, Example
+from align.logps import head
 from align.methods import get_method
 from align.models import load_base, new_base, train_tokenizer
 from align.models.platform import prepare_process
@@ -69,17 +70,20 @@ class Run:
     save_every: int = 100
     validation: int = 0
     learning_rate: float = 1e-2
+    scheduler: str = "constant"
+    tile_elements: int = 2**24
     parameter_hook: Any = None
     """Called with (trainer, rank) before the run; tests inject faults here."""
 
     def trainer(self) -> AlignTrainer:
         prepare_process()
+        head.TILE_ELEMENTS = self.tile_elements
         self.work.mkdir(parents=True, exist_ok=True)
         method = get_method(self.kind)
         examples = random_examples(24, method.batch.completions)
         held_out = random_examples(self.validation, method.batch.completions, seed=1)
         settings = TrainSettings(
-            max_steps=self.steps, global_batch_size=6, learning_rate=self.learning_rate, lr_scheduler="constant",
+            max_steps=self.steps, global_batch_size=6, learning_rate=self.learning_rate, lr_scheduler=self.scheduler,
             warmup_ratio=0, log_every_steps=1, save_every_steps=self.save_every,
             validation={"every_steps": 2} if self.validation else None,
         )  # fmt: skip
