@@ -43,8 +43,3 @@ def gather_objects(value: T) -> list[T]:
     out: list[T] = [value] * world_size()
     dist.all_gather_object(out, value)
     return out
-
-
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """True on every rank if it is true on one."""
-    return bool(gather_rows([float(flag)], device).sum() > 0)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from align.data.chat import Example
 from align.errors import TrainingError
@@ -29,14 +32,11 @@ def reference_logps(
     Each rank computes a slice; ranks with fewer packs run empty ones, because ZeRO-3 gathers parameters in every
     forward.
 
-    Raises:
-        TrainingError: If the cache belongs to other examples.
+    A cache that is damaged, or was made from other token ids, is told and computed again.
     """
-    if cache.exists():
-        totals = load_file(cache)["totals"]
-        if len(totals) != len(examples):
-            raise TrainingError(f"{cache} holds {len(totals)} examples, the data has {len(examples)}", fix="delete it")
-        return [tuple(row) for row in totals.tolist()]
+    kept = _read(cache, examples)
+    if kept is not None:
+        return kept
     rank, world = collectives.rank(), collectives.world_size()
     own = list(examples[rank::world])
     packs = len(pack_examples(own, pack_tokens))
@@ -52,10 +52,33 @@ def reference_logps(
     if rank == 0:
         cache.parent.mkdir(parents=True, exist_ok=True)
         partial = cache.with_suffix(".part")
-        save_file({"totals": torch.tensor(result, dtype=torch.float64)}, partial)
+        totals = torch.tensor(result, dtype=torch.float64)
+        save_file({"totals": totals}, partial, metadata={"digest": _digest(examples, totals)})
         partial.rename(cache)
     collectives.barrier()
     return result
+
+
+def _read(cache: Path, examples: Sequence[Example]) -> list[tuple[float, ...]] | None:
+    if not cache.exists():
+        return None
+    try:
+        with safe_open(cache, "pt") as file:
+            totals, digest = file.get_tensor("totals"), (file.metadata() or {}).get("digest")
+    except (SafetensorError, OSError) as error:
+        totals, digest = None, str(error)
+    if totals is None or digest != _digest(examples, totals):
+        logger.warning("%s is damaged or belongs to other examples; it is computed again", cache.name)
+        return None
+    return [tuple(row) for row in totals.tolist()]
+
+
+def _digest(examples: Sequence[Example], totals: Tensor) -> str:
+    """sha256 of the token ids and of what was computed from them."""
+    seen = hashlib.sha256(totals.numpy().tobytes())
+    for example in examples:
+        seen.update(repr((example.prompt_ids, [(c.ids, c.mask) for c in example.completions])).encode())
+    return seen.hexdigest()
 
 
 def starting_kl(

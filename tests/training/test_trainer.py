@@ -120,6 +120,22 @@ def test_a_best_validation_after_the_last_checkpoint_is_made_again(base, tmp_pat
     assert same(whole["state"], again["state"])
 
 
+def test_a_damaged_reference_cache_is_computed_again(base, tmp_path, caplog):
+    run = Run(base, tmp_path / "whole", "dpo", steps=6, save_every=2, adapter=False)
+    whole = fit(0, 1, run)
+    cut = replace(run, work=tmp_path / "cut", parameter_hook=stop_at(5))
+    with pytest.raises(KeyboardInterrupt):
+        fit(0, 1, cut)
+    cache = cut.work / "reference-train.safetensors"
+    content = bytearray(cache.read_bytes())
+    content[-2] ^= 1
+    cache.write_bytes(content)
+    again = fit(0, 1, replace(cut, parameter_hook=None))
+    assert "reference-train.safetensors is damaged" in caplog.text
+    assert again["resumed"] == 4
+    assert same(whole["state"], again["state"])
+
+
 def test_the_first_step_of_a_short_run_trains(base, tmp_path):
     run = Run(base, tmp_path, steps=1)
     state = fit(0, 1, run)["state"]
