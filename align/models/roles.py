@@ -7,6 +7,7 @@ frozen and runs without gradient only.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -74,6 +75,7 @@ class RoleModel(nn.Module):
         folder: Path | str | None = None,
         revision: str | None = None,
         copy_of: str | None = None,
+        dropout: float | None = None,
         trainable: bool,
         seed: int = 0,
     ) -> None:
@@ -89,6 +91,7 @@ class RoleModel(nn.Module):
             folder: A PEFT adapter to start from.
             revision: Hub revision of `folder`.
             copy_of: A role of this model to start from.
+            dropout: Overrides what the adapter to start from was trained with.
             trainable: Whether this is the one role that is trained.
             seed: Seed of a fresh adapter.
 
@@ -114,6 +117,9 @@ class RoleModel(nn.Module):
         else:
             raise ValueError("give settings, folder or copy_of")
 
+        if dropout is not None:
+            config = copy.copy(config)
+            config.lora_dropout = dropout
         key = self._claim(role, trainable)
         lora.inject(self.base, key, config)
         self._keys[role] = key

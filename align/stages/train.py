@@ -185,9 +185,10 @@ def _open(job: Job, settings: TrainedStage, store: Store, tokenizer: Any) -> Ope
         role = "policy" if isinstance(settings, Referenced) else None
         return Opened(roles, role, same, begin, start.itself(job).record(model, adapter=False))
     if begin.adapter is not None:
-        # An adapter of this recipe has to have the shape the recipe says; somebody else's has its own.
+        # An adapter of this recipe has to have the shape the recipe says; somebody else's has its own. How much dropout
+        # is trained with is the recipe's word in both cases.
         shape = model.adapter if isinstance(settings.policy, str) else None
-        roles.add_adapter("policy", folder=begin.adapter, settings=shape, trainable=True)
+        roles.add_adapter("policy", folder=begin.adapter, settings=shape, dropout=model.adapter.dropout, trainable=True)
     else:
         roles.add_adapter("policy", settings=model.adapter, trainable=True, seed=settings.train.seed)
     if isinstance(settings, Referenced):

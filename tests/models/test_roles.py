@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from align.errors import RecipeError, TrainingError
 from align.models import RoleModel, load_base
@@ -219,6 +220,22 @@ def test_dropout_is_the_trained_roles_own(folders: dict[str, Path]) -> None:
         roles.train()
         assert torch.equal(roles("reference", logits, token_ids()), reference)
         assert not torch.equal(roles("policy", logits, token_ids()), reference)
+
+
+def test_somebodys_adapter_is_trained_with_the_dropout_asked_for(folders: dict[str, Path], tmp_path: Path) -> None:
+    made = RoleModel(load_base(folders["llama"]))
+    made.add_adapter("policy", settings=LORA.model_copy(update={"dropout": 0.5}), trainable=True)
+    randomise(made, "policy", seed=1)
+    made.adapter_config("policy").save_pretrained(tmp_path)
+    state = {name: tensor.detach().clone() for name, tensor in made.tensors("policy").items()}
+    save_file(state, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+    continued = RoleModel(load_base(folders["llama"]))
+    continued.add_adapter("policy", folder=tmp_path, dropout=0.0, trainable=True)
+    continued.train()
+    with torch.no_grad():
+        passes = [continued("policy", logits, token_ids()) for _ in range(2)]
+    assert torch.equal(*passes)
+    assert continued.adapter_config("policy").lora_dropout == 0.0
 
 
 def test_unknown_target_is_named(folders: dict[str, Path]) -> None:
