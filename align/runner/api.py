@@ -50,7 +50,7 @@ class Recipe:
         return make_plan(
             self.graph,
             store_find=lambda fingerprint: store.find(fingerprint) is not None,
-            resumes_at=lambda fingerprint: _checkpoint_step(store, fingerprint),
+            resumes_at=store.resumes_at,
         )
 
     def run(self, until: str | None = None, from_: str | None = None, console: Console | None = None) -> RunResult:
@@ -63,9 +63,3 @@ class Recipe:
 
     def __repr__(self) -> str:
         return f"Recipe({str(self.path)!r}: {' -> '.join(self.stages)})"
-
-
-def _checkpoint_step(store: Store, fingerprint: str) -> int | None:
-    """Step of the newest checkpoint of an unfinished stage."""
-    work = store.home / "work" / store.folder(fingerprint).name
-    return max((int(path.name.removeprefix("step-")) for path in work.glob("checkpoints/step-*")), default=None)
