@@ -1,67 +1,56 @@
-"""Settings that were written and that nothing would read: each is an error, since its author expects an effect."""
+"""Settings that were written and that nothing would read: each is an error, since its author expects an effect.
+
+What depends on one settings object alone its class declares itself (`Settings.unread`); what depends on two is here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 from align.errors import RecipeError
+from align.methods.sft import SFT
 from align.recipe.load import LoadedRecipe
 from align.recipe.origins import Loc
-from align.spec.base import Settings
-from align.spec.data import DataSettings
-from align.spec.train import TrainSettings
-
-
-@dataclass(frozen=True)
-class Ignored:
-    """A setting without effect.
-
-    Attributes:
-        settings: The class it belongs to.
-        field: The setting.
-        when: Whether the other settings make it so.
-        why: The reason.
-        fix: What to do.
-    """
-
-    settings: type[Settings]
-    field: str
-    when: Callable[[Any], bool]
-    why: str
-    fix: str
-
-
-IGNORED = (
-    Ignored(
-        TrainSettings,
-        "warmup_ratio",
-        lambda train: train.lr_scheduler == "constant" and train.warmup_ratio > 0,
-        "a constant learning rate has no warm-up",
-        "remove it, or write lr_scheduler: linear or cosine",
-    ),
-    Ignored(
-        DataSettings,
-        "system",
-        lambda data: data.format == "text",
-        "records of format text are no conversations",
-        "remove it, or choose another format",
-    ),
-)
+from align.spec.base import Settings, Unread
 
 
 def check_ignored(loaded: LoadedRecipe) -> Iterator[RecipeError]:
     """Every setting of the recipe that was written and has no effect."""
-    places: list[tuple[Loc, Settings]] = [(("data", name), source) for name, source in loaded.recipe.data.items()]
-    places += [
-        (("stages", name, "train"), train)
-        for name, stage in loaded.stages.items()
-        if (train := getattr(stage, "train", None))
-    ]
-    for loc, settings in places:
-        for rule in IGNORED:
-            if isinstance(settings, rule.settings) and rule.field in settings.model_fields_set and rule.when(settings):
-                yield RecipeError(
-                    f"`{rule.field}` has no effect: {rule.why}", where=loaded.where(*loc, rule.field), fix=rule.fix
-                )
+    for loc, settings in _within(loaded.recipe, ()):
+        for each in declared(type(settings)):
+            if each.field in settings.model_fields_set and each.when(settings):
+                yield _error(loaded, (*loc, each.field), each.why, each.fix)
+    yield from _loss_on_text(loaded)
+
+
+def declared(kind: type[Settings]) -> list[Unread]:
+    """What a settings class and its bases declare."""
+    return [each for cls in kind.__mro__ for each in vars(cls).get("unread", ())]
+
+
+def _within(value: Any, loc: Loc) -> Iterator[tuple[Loc, Settings]]:
+    """Every settings object in a value with its place, outer ones first."""
+    if isinstance(value, Settings):
+        yield loc, value
+        for name in type(value).model_fields:
+            yield from _within(getattr(value, name), (*loc, name))
+    elif isinstance(value, dict | list):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _within(item, (*loc, key))
+
+
+def _loss_on_text(loaded: LoadedRecipe) -> Iterator[RecipeError]:
+    for name, stage in loaded.stages.items():
+        source = loaded.recipe.data.get(stage.data) if isinstance(stage, SFT) else None
+        if source is not None and source.format == "text" and "loss_on" in stage.model_fields_set:
+            yield _error(
+                loaded,
+                ("stages", name, "loss_on"),
+                "plain text has no answers, all its tokens are trained",
+                "remove it, or name data of another format",
+            )
+
+
+def _error(loaded: LoadedRecipe, loc: Loc, why: str, fix: str) -> RecipeError:
+    return RecipeError(f"`{loc[-1]}` has no effect: {why}", where=loaded.where(*loc), fix=fix)

@@ -1,17 +1,49 @@
-"""What all settings share: strictness, the cosmetic mark, and the typed references between stages."""
+"""What all settings share: strictness, the cosmetic mark, what nothing reads, and the references between stages."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+
+@dataclass(frozen=True)
+class Unread:
+    """A setting that has no effect beside certain others: writing it is an error, for its author expects an effect.
+
+    Attributes:
+        field: The setting.
+        when: Whether the settings object it belongs to makes it so.
+        why: The reason.
+        fix: What to do.
+    """
+
+    field: str
+    when: Callable[[Any], bool]
+    why: str
+    fix: str
 
 
 class Settings(BaseModel):
     """Base of every settings class: unknown keys are errors, values are checked when they are assigned."""
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True, use_attribute_docstrings=True)
+
+    unread: ClassVar[tuple[Unread, ...]] = ()
+    """What nothing reads in some cases; those of the base classes hold too."""
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse a declaration about a field that the class does not have: it would never be told.
+
+        Raises:
+            TypeError: There is no such field.
+        """
+        for each in vars(cls).get("unread", ()):
+            if each.field not in cls.model_fields:
+                raise TypeError(f"{cls.__name__}.unread names `{each.field}`, which is no field of it")
 
 
 def cosmetic(default: Any = ..., **constraints: Any) -> Any:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, ClassVar, Literal, Union
 
 from pydantic import Discriminator, Field, NonNegativeInt, PositiveInt, Tag
 
-from align.spec.base import Registered, Settings, cosmetic
+from align.spec.base import Registered, Settings, Unread, cosmetic
 
 FILE_KINDS = {
     ".json": "json",
@@ -69,6 +69,15 @@ FIELDS_OF_FORMAT: dict[Format, Fields] = {
 
 class DataSettings(Settings):
     """What all sources share."""
+
+    unread: ClassVar[tuple[Unread, ...]] = (
+        Unread(
+            "system",
+            lambda data: data.format == "text",
+            "records of format text are no conversations",
+            "remove it, or choose another format",
+        ),
+    )
 
     format: Format
     columns: dict[str, str] = Field(default_factory=dict)

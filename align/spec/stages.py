@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from align.spec.base import DataRef, HubAdapter, PolicyRef, Produces, Registered, Settings, StageRef, cosmetic
+from align.spec.base import DataRef, HubAdapter, PolicyRef, Produces, Registered, Settings, StageRef, Unread, cosmetic
 from align.spec.model import ModelOverride
 from align.spec.train import LaunchSettings, TrainSettings
 
@@ -58,6 +58,15 @@ class Referenced(Settings):
 
 class GenerationSettings(Settings):
     """How completions are drawn."""
+
+    unread: ClassVar[tuple[Unread, ...]] = (
+        Unread(
+            "top_p",
+            lambda generation: generation.temperature == 0 and generation.top_p < 1,
+            "greedy decoding draws nothing",
+            "remove it, or write a temperature above 0",
+        ),
+    )
 
     max_new_tokens: PositiveInt = 128
     temperature: NonNegativeFloat = 1.0

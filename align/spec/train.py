@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from align.spec.base import Settings, cosmetic
+from align.spec.base import Settings, Unread, cosmetic
 
 
 class ValidationSettings(Settings):
@@ -23,6 +23,15 @@ class ValidationSettings(Settings):
 
 class TrainSettings(Settings):
     """One run of the optimizer. Units are in the names."""
+
+    unread: ClassVar[tuple[Unread, ...]] = (
+        Unread(
+            "warmup_ratio",
+            lambda train: train.lr_scheduler == "constant" and train.warmup_ratio > 0,
+            "a constant learning rate has no warm-up",
+            "remove it, or write lr_scheduler: linear or cosine",
+        ),
+    )
 
     epochs: PositiveFloat | None = None
     """Passes over the data; 1 if neither `epochs` nor `max_steps` is given."""
