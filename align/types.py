@@ -8,7 +8,7 @@ spread.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any
@@ -24,17 +24,21 @@ class Batch(StrEnum):
     """One sequence with a mask of trained tokens."""
     PAIRED = "paired"
     """One prompt, a chosen and a rejected completion."""
-
-    @property
-    def completions(self) -> int:
-        """Completions per example."""
-        return 2 if self is Batch.PAIRED else 1
+    UNPAIRED = "unpaired"
+    """One prompt, one completion and whether it is desirable; beside it another prompt's completion."""
+    RANKED = "ranked"
+    """One prompt and k >= 2 candidates with scores, maybe a target to stay close to."""
 
 
 class Needs(StrEnum):
     """What a method asks the engine to compute."""
 
     LOGPS = "logps"
+    """Log-probabilities of the trained tokens, summed by completion."""
+    PROMPT_LOGPS = "prompt_logps"
+    """Those of the prompt's own tokens besides, where the settings say `loss_on: all`."""
+    REWARDS = "rewards"
+    """One number per completion, from a scalar head on the state of its last token."""
 
 
 @dataclass(frozen=True)
@@ -75,13 +79,74 @@ class PairedLogps:
         rejected: The same for the dispreferred ones, [B].
         weight: [B] weight of each pair (1 unless the data says otherwise).
         reference: The reference model's log-probabilities of the same pairs, without gradient; None for a method that
-            declared ``reference=False``.
+            declared ``reference=False``, and where the recipe says `reference: null`.
+        prompt: Policy log-probabilities of the prompts' own tokens, [B]; None unless the method needs them.
     """
 
     chosen: Logps
     rejected: Logps
     weight: Tensor
     reference: PairedLogps | None = None
+    prompt: Logps | None = None
+
+
+@dataclass(frozen=True)
+class UnpairedLogps:
+    """An UNPAIRED batch.
+
+    Attributes:
+        policy: Policy log-probabilities of the completions, [B]. What the method's statistic is given are those of
+            the mismatched completions instead.
+        label: [B] 1 for a desirable completion, 0 for an undesirable one.
+        weight: [B] weight of each row.
+        reference: The reference's log-probabilities of the same completions, without gradient.
+        statistics: What the method's statistic came to over the whole optimizer step, by name, scalars without
+            gradient.
+    """
+
+    policy: Logps
+    label: Tensor
+    weight: Tensor
+    reference: Logps | None = None
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RankedLogps:
+    """A RANKED batch: the candidates of B prompts, C in all, those of a prompt one after the other.
+
+    Attributes:
+        candidates: Policy log-probabilities of the candidates, [C].
+        scores: [C] how good each is; only the order within a prompt means something, equal scores are ties.
+        prompt: [C] which of the B prompts each candidate answers, ascending.
+        weight: [B] weight of each prompt.
+        target: Policy log-probabilities of the completion to stay close to, [B]; None where the data has none.
+    """
+
+    candidates: Logps
+    scores: Tensor
+    prompt: Tensor
+    weight: Tensor
+    target: Logps | None = None
+
+
+@dataclass(frozen=True)
+class RankedRewards:
+    """A RANKED batch of a method that needs REWARDS.
+
+    Attributes:
+        rewards: [C] outputs of the scalar head, fp32.
+        scores: [C] how good each candidate is, as in `RankedLogps`.
+        prompt: [C] which of the B prompts each candidate answers, ascending.
+        weight: [B] weight of each prompt.
+        margin: [B] by how much the better of a pair is better, where the data says so; 0 elsewhere.
+    """
+
+    rewards: Tensor
+    scores: Tensor
+    prompt: Tensor
+    weight: Tensor
+    margin: Tensor
 
 
 @dataclass(frozen=True)
@@ -150,6 +215,6 @@ def map_logps(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
     """Apply `function` to every tensor of a (nested) logps dataclass and build it anew."""
     if isinstance(batch, Tensor):
         return function(batch)
-    if batch is None:
-        return None
+    if batch is None or isinstance(batch, Mapping):  # statistics belong to the whole step, not to rows
+        return batch
     return type(batch)(**{f.name: map_logps(getattr(batch, f.name), function) for f in fields(batch)})

@@ -59,9 +59,12 @@ class Example:
     Attributes:
         row: Number of the row it was made from.
         prompt_ids: Shared by all completions; with ``loss_on="all"`` the one token that nothing predicts.
-        completions: One, or chosen and rejected; none for a prompt.
+        completions: One; chosen and rejected; the candidates of a ranked list, then its target if there is one; an
+            unpaired completion, then another prompt's; none for a prompt.
         weight: Weight in the loss.
         group: The same for records of the same prompt; empty where only `prompt_ids` can tell.
+        scores: One per candidate; of chosen and rejected 1 and 0; of an unpaired completion 1 if it is desirable.
+        margin: By how much chosen is better than rejected, where the data says so.
     """
 
     row: int
@@ -69,6 +72,8 @@ class Example:
     completions: tuple[Completion, ...]
     weight: float
     group: bytes = b""
+    scores: tuple[float, ...] = ()
+    margin: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

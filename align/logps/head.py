@@ -36,6 +36,20 @@ def token_logps(causal_lm: Any, pack: Pack) -> Tensor:
     return _through_head(causal_lm.lm_head, states, pack.targets, causal_lm.config.get_text_config().vocab_size)
 
 
+def last_rewards(causal_lm: Any, pack: Pack, head: Any) -> Tensor:
+    """[C] rewards, fp32: the scalar head on the state of each completion's last token.
+
+    Args:
+        causal_lm: The base with the role's adapter active.
+        pack: The completions.
+        head: [1, H] linear layer in fp32.
+    """
+    hidden = causal_lm.model(input_ids=pack.input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
+    if pack.completions == 0:
+        return head(hidden[:1].float())[:0, 0]
+    return head(hidden.index_select(0, pack.last).float())[:, 0]
+
+
 def _through_head(lm_head: Any, states: Tensor, targets: Tensor, vocabulary: int) -> Tensor:
     """All tiles inside one call of the head.
 

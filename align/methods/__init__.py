@@ -15,7 +15,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from align.spec.stages import TrainedStage
-from align.types import Batch, LossOutput, Needs
+from align.types import Batch, LossOutput, Needs, Term
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class Method:
         needs: What the engine has to compute.
         reference: Whether the loss reads the reference's log-probabilities.
         source: Paper and equation.
+        statistic: ``(logps, config) -> {name: Term}``, for a quantity of the whole optimizer step that the loss reads:
+            computed without gradient over all packs and ranks first, handed in as ``logps.statistics[name]``.
     """
 
     kind: str
@@ -39,6 +41,7 @@ class Method:
     needs: frozenset[Needs]
     reference: bool
     source: str
+    statistic: Callable[[Any, Any], dict[str, Term]] | None = None
 
     @property
     def summary(self) -> str:
@@ -51,7 +54,13 @@ _REGISTRY: dict[str, Method] = {}
 
 
 def method(
-    config: type[TrainedStage], *, batch: Batch, needs: set[Needs], reference: bool, source: str
+    config: type[TrainedStage],
+    *,
+    batch: Batch,
+    needs: set[Needs],
+    reference: bool,
+    source: str,
+    statistic: Callable[[Any, Any], dict[str, Term]] | None = None,
 ) -> Callable[[Callable[[Any, Any], LossOutput]], Callable[[Any, Any], LossOutput]]:
     """Register a loss under its config's `kind`.
 
@@ -63,7 +72,7 @@ def method(
         kind = config.model_fields["kind"].default
         if kind in _REGISTRY and _REGISTRY[kind].loss.__module__ != loss.__module__:
             raise ValueError(f"two methods are called {kind!r}: {_REGISTRY[kind].loss.__module__}, {loss.__module__}")
-        _REGISTRY[kind] = Method(kind, config, loss, batch, frozenset(needs), reference, source)
+        _REGISTRY[kind] = Method(kind, config, loss, batch, frozenset(needs), reference, source, statistic)
         return loss
 
     return register

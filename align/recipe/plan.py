@@ -25,8 +25,12 @@ from align.recipe.sources import base_folder
 from align.spec.base import StageRef
 from align.spec.model import LoraSettings, ModelSettings
 from align.spec.stages import CompareStage, Referenced, TrainedStage
+from align.types import Batch
 
 GIB = 2**30
+
+COMPLETIONS = {Batch.TOKENS: 1, Batch.PAIRED: 2, Batch.UNPAIRED: 1, Batch.RANKED: 4}
+"""Completions of an example, to estimate its size by; how long ranked lists are is known once they are read."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +187,7 @@ class _Planner:
         size, model = self.size(node), self.model(node)
         if size is None:
             return {}
-        train, completions = stage.train, get_method(stage.kind).batch.completions  # type: ignore[attr-defined]
+        train, completions = stage.train, COMPLETIONS[get_method(stage.kind).batch]  # type: ignore[attr-defined]
         example = completions * train.max_tokens
         share = math.ceil(train.global_batch_size / node.launch.processes) * example
         return training_memory(

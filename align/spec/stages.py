@@ -49,11 +49,28 @@ class PairedStage(PolicyStage):
     data: Annotated[str, DataRef(("pair",))]
 
 
+class UnpairedStage(PolicyStage):
+    """A stage on single completions that are desirable or not."""
+
+    data: Annotated[str, DataRef(("unpaired",))]
+
+
+class RankedStage(PolicyStage):
+    """A stage on ranked candidates; a pair is a list of two."""
+
+    data: Annotated[str, DataRef(("ranked", "pair"))]
+
+
 class Referenced(Settings):
     """Mixed into the stages of methods that take log-ratios against a frozen policy."""
 
     reference: PolicyRef
     """The frozen policy: a stage, declared and never guessed (adapters off is the base, not the SFT policy)."""
+
+
+def reference_of(settings: Settings) -> str | None:
+    """The stage whose policy is the reference; None for a method without one, and for `reference: null`."""
+    return getattr(settings, "reference", None)
 
 
 class GenerationSettings(Settings):

@@ -8,18 +8,19 @@ found by calling the method once on zero log-probabilities.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from align.data.chat import Example
-from align.logps import Pack, empty_pack, pack_examples, token_logps
+from align.logps import Pack, empty_pack, last_rewards, pack_examples, token_logps
 from align.methods import Method
 from align.spec.stages import TrainedStage
-from align.types import Batch, Logps, LossOutput, PairedLogps, Term, TokensLogps
+from align.training.batches import batch_of, rewards_of
+from align.types import Batch, Logps, LossOutput, Needs, Term
 
 Reference = Sequence[float]
 """Log-probabilities of an example's completions under the reference, in nats."""
@@ -71,7 +72,21 @@ class Step:
     pack_tokens: int
 
     def packs(self, examples: Sequence[Example]) -> list[Pack]:
-        return pack_examples(examples, self.pack_tokens)
+        """Packs of the completions that are trained."""
+        own = [replace(e, completions=e.completions[self._own]) for e in examples]
+        return pack_examples(own, self.pack_tokens, score_prompts=self.scores_prompts)
+
+    def mismatched(self, examples: Sequence[Example]) -> list[Pack]:
+        """Packs of the completions that the method's statistic is taken from; none for a method without one."""
+        if self.method.statistic is None:
+            return []
+        other = [replace(e, completions=e.completions[self._other]) for e in examples]
+        return pack_examples(other, self.pack_tokens)
+
+    @property
+    def scores_prompts(self) -> bool:
+        """Whether the prompts' own tokens are scored too."""
+        return Needs.PROMPT_LOGPS in self.method.needs and getattr(self.config, "loss_on", "") == "all"
 
     def empty(self) -> Pack:
         return empty_pack(0)
@@ -80,14 +95,35 @@ class Step:
         """Total weight of each term over these packs; no model is run."""
         totals = Totals()
         for pack in packs:
-            lengths = pack.lengths()
-            logps = Logps(torch.zeros_like(lengths), lengths)
-            zeros = [[0.0] * self.method.batch.completions] * len(examples)
-            totals.add(self._apply(logps, pack, examples, zeros).terms)
+            zeros = torch.zeros(len(pack.targets) if self._reads_logps else pack.completions)
+            references = [[0.0] * len(e.completions) for e in examples] if self.method.reference else None
+            totals.add(self._apply(zeros, pack, examples, references, _Zeros()).terms)
         return {name: weight for name, (_, weight) in totals.numbers().items()}
 
-    def terms(
+    def statistics(
         self, model: Any, pack: Pack, examples: Sequence[Example], references: Sequence[Reference] | None
+    ) -> dict[str, Term]:
+        """This pack's part of the method's statistic, from another prompt's completions; run without gradient.
+
+        Args:
+            model: The `RoleModel`, as the launcher wrapped it.
+            pack: One of `mismatched(examples)`, on the model's device.
+            examples: Those examples.
+            references: Log-probabilities under the reference, per example, of all its completions.
+        """
+        assert self.method.statistic is not None
+        logps = pack.sum_by_completion(model(self.role, token_logps, pack))
+        frozen = self._frozen(pack, references, self._other, logps)
+        batch = batch_of(self.method.batch, [examples[i] for i in pack.examples], logps, reference=frozen)
+        return self.method.statistic(batch, self.config)
+
+    def terms(
+        self,
+        model: Any,
+        pack: Pack,
+        examples: Sequence[Example],
+        references: Sequence[Reference] | None,
+        statistics: Mapping[str, Tensor] | None = None,
     ) -> LossOutput:
         """Run the policy on one pack and apply the method.
 
@@ -96,34 +132,70 @@ class Step:
             pack: One of `packs(examples)`, on the model's device.
             examples: The examples the pack indexes.
             references: Log-probabilities under the reference, per example, if the method reads them.
+            statistics: What the method's statistic came to over the whole step.
         """
-        return self._apply(pack.sum_by_completion(model("policy", token_logps, pack)), pack, examples, references)
+        return self._apply(self._run(model, pack), pack, examples, references, statistics or {})
 
     def touch(self, model: Any, pack: Pack) -> Tensor:
         """A zero that depends on every trained parameter: the loss of an empty pack."""
-        return model("policy", token_logps, pack).sum() * 0.0
+        return self._run(model, pack).sum() * 0.0
+
+    @property
+    def role(self) -> str:
+        """The trained role."""
+        return "policy" if self._reads_logps else "reward"
+
+    @property
+    def _reads_logps(self) -> bool:
+        return Needs.REWARDS not in self.method.needs
+
+    @property
+    def _own(self) -> slice:
+        return slice(0, 1) if self.method.batch is Batch.UNPAIRED else slice(None)
+
+    @property
+    def _other(self) -> slice:
+        return slice(1, 2)
+
+    def _run(self, model: Any, pack: Pack) -> Tensor:
+        return model(self.role, token_logps if self._reads_logps else last_rewards, pack)
 
     def _apply(
-        self, logps: Logps, pack: Pack, examples: Sequence[Example], references: Sequence[Reference] | None
+        self,
+        values: Tensor,
+        pack: Pack,
+        examples: Sequence[Example],
+        references: Sequence[Reference] | None,
+        statistics: Mapping[str, Tensor],
     ) -> LossOutput:
-        chosen = [examples[i] for i in pack.examples]
-        device = logps.total.device
-        weight = torch.tensor([e.weight for e in chosen], dtype=torch.float32, device=device)
-        if self.method.batch is Batch.TOKENS:
-            return self.method.loss(TokensLogps(logps, weight), self.config)
-        reference = None
-        if self.method.reference:
-            assert references is not None
-            flat = [value for i in pack.examples for value in references[i]]
-            totals = torch.tensor(flat, dtype=torch.float32, device=device)
-            reference = _pairs(Logps(totals, logps.length), weight)
-        return self.method.loss(_pairs(logps, weight, reference), self.config)
+        """The method on [N] log-probabilities of trained tokens, or on [C] rewards."""
+        own = [examples[i] for i in pack.examples]
+        if not self._reads_logps:
+            return self.method.loss(rewards_of(own, values), self.config)
+        logps = pack.sum_by_completion(values)
+        batch = batch_of(
+            self.method.batch,
+            own,
+            logps,
+            reference=self._frozen(pack, references, self._own, logps),
+            prompt=pack.sum_by_prompt(values) if self.scores_prompts else None,
+            statistics=statistics,
+        )
+        return self.method.loss(batch, self.config)
+
+    def _frozen(self, pack: Pack, references: Sequence[Reference] | None, which: slice, logps: Logps) -> Logps | None:
+        """The reference's log-probabilities of the completions of a pack, [C]."""
+        if references is None:
+            return None
+        flat = [value for i in pack.examples for value in references[i][which]]
+        return Logps(torch.tensor(flat, dtype=torch.float32, device=logps.total.device), logps.length)
 
 
-def _pairs(logps: Logps, weight: Tensor, reference: PairedLogps | None = None) -> PairedLogps:
-    """[2B] completions, chosen first in each example, to a batch of B pairs."""
-    chosen, rejected = (Logps(logps.total[k::2], logps.length[k::2]) for k in (0, 1))
-    return PairedLogps(chosen, rejected, weight, reference)
+class _Zeros(dict[str, Tensor]):
+    """Statistics before there are any: weights do not depend on them."""
+
+    def __missing__(self, name: str) -> Tensor:
+        return torch.zeros(())
 
 
 def scaled_loss(output: LossOutput, weights: dict[str, float]) -> Tensor:

@@ -92,7 +92,7 @@ def test_sequence_logps(vectors):
     logits, labels = torch.tensor(inputs["logits"]), torch.tensor(inputs["labels"])
     row, column = (labels != -100).nonzero(as_tuple=True)
     width = labels.shape[1]
-    pack = Pack(labels, row * width + column - 1, labels[row, column], row, len(labels), (0, 1))
+    pack = Pack(labels, row * width + column - 1, labels[row, column], row, row[:0], len(labels), (0, 1))
     states = logits.flatten(0, 1)[pack.positions]
     values = torch.log_softmax(states, -1).gather(1, pack.targets[:, None])[:, 0]
     logps = pack.sum_by_completion(values)

@@ -21,6 +21,7 @@ from align.training.arguments import deepspeed_config, training_arguments
 from align.training.schedule import Schedule
 from align.training.step import Step
 from align.training.trainer import AlignTrainer
+from align.types import Batch
 from tests.methods.batches import config_of
 
 VOCAB = 300
@@ -80,8 +81,8 @@ class Run:
         head.TILE_ELEMENTS = self.tile_elements
         self.work.mkdir(parents=True, exist_ok=True)
         method = get_method(self.kind)
-        examples = random_examples(24, method.batch.completions)
-        held_out = random_examples(self.validation, method.batch.completions, seed=1)
+        examples = random_examples(24, (2 if method.batch is Batch.PAIRED else 1))
+        held_out = random_examples(self.validation, (2 if method.batch is Batch.PAIRED else 1), seed=1)
         settings = TrainSettings(
             max_steps=self.steps, global_batch_size=6, learning_rate=self.learning_rate, lr_scheduler=self.scheduler,
             warmup_ratio=0, log_every_steps=1, save_every_steps=self.save_every,
