@@ -1,10 +1,15 @@
-"""A chat template as `chat.py` uses it: conversations become text, cut where the assistant begins and ends."""
+"""A chat template as `chat.py` uses it: conversations become text, cut where the assistant begins and ends.
+
+A template that asks for today's date (`strftime_now`, as Llama 3's do) is told `TODAY`, always the same day: the tokens
+of a prompt must not change at midnight, or caches and checkpoints would no longer fit.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
@@ -17,6 +22,9 @@ if TYPE_CHECKING:
 
 LONGEST_SPECIAL = 64
 """Characters at the end of a text among which its last special token is looked for."""
+
+TODAY = datetime(2024, 7, 26)
+"""What a template gets for today. Llama 3's own templates name this day where they cannot ask."""
 
 MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """What a template puts before the text that the assistant generates."""
@@ -177,9 +185,12 @@ class ChatTemplate:
 
     def _call(self, messages: Sequence[Message], **options: Any) -> tuple[str, list[tuple[int, int]]]:
         # Late, for it takes seconds: what only reads records needs no transformers.
-        from transformers.utils.chat_template_utils import render_jinja_template
+        from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
         try:
+            # The compiled template is kept by its text, so this is the one that is rendered next. As a variable, a
+            # function would reach it as text.
+            _compile_jinja_template(self._template).globals["strftime_now"] = TODAY.strftime
             texts, marks = render_jinja_template(
                 [list(messages)], chat_template=self._template, **self._variables, **options
             )
