@@ -22,7 +22,7 @@ class Stage(Settings):
 class TrainedStage(Stage):
     """A stage that trains a policy."""
 
-    produces = "policy"
+    produces: ClassVar[Produces] = "policy"
     train: TrainSettings = TrainSettings()
     launch: LaunchSettings | None = cosmetic(None)
     """Overrides the recipe's `launch`."""
