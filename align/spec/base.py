@@ -87,5 +87,5 @@ class HubAdapter(Settings):
 PolicyRef = Annotated[str, StageRef("policy")]
 """The name of a stage that produces a policy."""
 
-Produces = Literal["policy", "comparison"]
+Produces = Literal["policy", "reward", "comparison"]
 """What a stage may produce."""
