@@ -73,6 +73,7 @@ def merge_adapter(
     quantization: Quantization = "none",
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     revision: str | None = None,
+    adapter_revision: str | None = None,
 ) -> Path:
     """Merge an adapter into the base it was trained on and write the result as a model of its own, `model/`.
 
@@ -83,12 +84,13 @@ def merge_adapter(
 
     Args:
         base: Folder or Hub name of the base.
-        adapter: Its PEFT adapter.
+        adapter: Its PEFT adapter: a folder or a Hub name.
         folder: Folder of the artifact.
         tokenizer: Saved beside the weights.
         quantization: How the adapter's base was quantised.
         dtype: Compute dtype.
         revision: Hub revision of the base.
+        adapter_revision: Hub revision of the adapter.
 
     Returns:
         The folder that was written.
@@ -100,7 +102,7 @@ def merge_adapter(
     if quantization != "none":
         model = model.dequantize()
     model.float()
-    merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    merged = PeftModel.from_pretrained(model, str(adapter), revision=adapter_revision).merge_and_unload()
     merged.to(computed_in)
     return _save_model(merged, dict(merged.named_parameters()), folder / MODEL, tokenizer)
 

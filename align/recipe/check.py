@@ -131,16 +131,20 @@ class _Check:
                 "remove it",
             )
         if isinstance(stage.policy, HubAdapter):
-            yield from self._adapter(name, stage.policy.adapter, model)
+            yield from self._adapter(name, stage.policy, model)
 
-    def _adapter(self, name: str, adapter: str, model: ModelSettings) -> Iterator[RecipeError]:
+    def _adapter(self, name: str, policy: HubAdapter, model: ModelSettings) -> Iterator[RecipeError]:
         """A local adapter must be there and be what `model.adapter` says; one on the Hub is read by the worker."""
-        loc = ("stages", name, "policy", "adapter")
+        loc, adapter = ("stages", name, "policy", "adapter"), policy.adapter
         folder = base_folder(adapter, self.loaded.folder)
         if folder is None:
             if looks_like_path(adapter):
                 yield self._error(loc, f"there is no folder {adapter}", f"paths start at {self.loaded.path.parent}/")
             return
+        if policy.revision is not None:
+            yield self._error(
+                (*loc[:-1], "revision"), f"`revision` is ignored: `{adapter}` is not on the Hub", "remove it"
+            )
         try:
             found = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:

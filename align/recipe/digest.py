@@ -68,17 +68,25 @@ class Digests:
         return digest_of({each.name: self.file(each) for each in files})
 
     def hub(self, kind: Literal["model", "dataset"], name: str, revision: str | None) -> str:
-        """``name@commit`` of a Hub repository: asked of the Hub, else of the local cache.
+        """``name@commit`` of a Hub repository; its branch stands for a commit that could not be found out.
 
-        A name that neither knows stays unresolved, so that a recipe can be checked without a network; a run that needs
-        it cannot load it either.
+        Raises:
+            LookupError: The Hub answered that there is no such repository or revision.
+        """
+        return f"{name}@{self.revision(kind, name, revision)}"
+
+    def revision(self, kind: Literal["model", "dataset"], name: str, revision: str | None) -> str:
+        """The commit that a revision stands for: asked of the Hub once, else of the local cache.
+
+        A name that neither knows keeps its branch and stays unresolved, so that a recipe can be checked without a
+        network; a run that needs it cannot load it either.
 
         Raises:
             LookupError: The Hub answered that there is no such repository or revision.
         """
         revision = revision or "main"
         if _COMMIT.fullmatch(revision):
-            return f"{name}@{revision}"
+            return revision
         key = (kind, name, revision)
         if key not in self._commits:
             commit = None
@@ -88,7 +96,7 @@ class Digests:
             if commit is None:
                 self.unresolved[f"{name}@{revision}"] = self._offline
             self._commits[key] = commit or revision
-        return f"{name}@{self._commits[key]}"
+        return self._commits[key]
 
     def save(self) -> None:
         """Write the memo; a home that cannot be written only costs time."""

@@ -66,7 +66,7 @@ class Fingerprints:
 
     def _plain(self, value: Any, annotation: Any, loc: Loc) -> Any:
         if isinstance(value, HubAdapter):
-            return {"adapter": self._folder_or_hub(value.adapter, None, (*loc, "adapter"))}
+            return {"adapter": self._folder_or_hub(value.adapter, value.revision, (*loc, "adapter"))}
         if isinstance(value, Settings):
             return self._settings(value, loc)
         if isinstance(value, list):

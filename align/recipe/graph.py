@@ -15,6 +15,7 @@ from align.recipe.fingerprint import Fingerprints
 from align.recipe.ignored import check_ignored
 from align.recipe.lineage import Lineage, declared_model, trains_base
 from align.recipe.load import LoadedRecipe
+from align.recipe.pins import Pins
 from align.recipe.references import references
 from align.recipe.sources import Sources
 from align.recipe.validate import combine
@@ -27,7 +28,7 @@ from align.spec.train import LaunchSettings
 
 @dataclass(frozen=True)
 class Node:
-    """One stage, resolved.
+    """One stage, resolved. Whatever it takes from the Hub is named at its commit, where that is known.
 
     Attributes:
         name: Its name in the recipe.
@@ -106,18 +107,23 @@ def build_graph(loaded: LoadedRecipe, home: Path) -> Graph:
     models = {name: lineage.resolve(name) for name in order}
     _raise(lineage.errors)
     digests = Digests(home)
-    fingerprints = Fingerprints(loaded, sources, digests)
+    fingerprints, pins = Fingerprints(loaded, sources, digests), Pins(loaded, digests)
     nodes = {}
     for name in order:
         stage, model = stages[name], models[name]
         base = (model.base,) if model is not None and model.base in stages else ()
         named = [each.name for each in references(stage) if isinstance(each.mark, StageRef)]
-        data = {
-            each.name: loaded.recipe.data[each.name] for each in references(stage) if isinstance(each.mark, DataRef)
-        }
-        launch = getattr(stage, "launch", None) or loaded.recipe.launch
-        parents = tuple(dict.fromkeys([*named, *base]))
-        nodes[name] = Node(name, stage, parents, model, data, fingerprints.add(name, stage, model), launch)
+        data = [each.name for each in references(stage) if isinstance(each.mark, DataRef)]
+        fingerprint = fingerprints.add(name, stage, model)  # first: it tells what the Hub does not have
+        nodes[name] = Node(
+            name=name,
+            stage=pins.stage(stage),
+            parents=tuple(dict.fromkeys([*named, *base])),
+            fingerprint=fingerprint,
+            model=None if model is None else pins.model(model),
+            data={each: pins.source(loaded.recipe.data[each]) for each in data},
+            launch=getattr(stage, "launch", None) or loaded.recipe.launch,
+        )
     digests.save()
     return Graph(loaded, nodes, digests.unresolved)
 

@@ -82,6 +82,8 @@ class HubAdapter(Settings):
 
     adapter: str
     """Folder or Hub name of a PEFT adapter of the model's base."""
+    revision: str | None = None
+    """Hub revision; resolved to a commit before it is used."""
 
 
 PolicyRef = Annotated[str, StageRef("policy")]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +27,7 @@ class Start:
         base_kind: Which of the three.
         revision: Hub revision of the base.
         adapter: Folder or Hub name of the adapter, or None.
+        adapter_revision: Hub revision of the adapter.
     """
 
     base: str
@@ -34,6 +35,7 @@ class Start:
     base_kind: Literal["stage", "path", "hub"]
     revision: str | None = None
     adapter: str | None = None
+    adapter_revision: str | None = None
 
     def record(self, model: ModelSettings, adapter: bool) -> PolicyRecord:
         """What the manifest of a policy trained from here says of its model."""
@@ -76,7 +78,7 @@ def of_policy(job: Job, settings: PolicyStage, store: Store) -> Start:
     if isinstance(settings.policy, HubAdapter):
         local = base_folder(settings.policy.adapter, Path(job.folder))
         adapter = str(local.resolve()) if local else str(resolve_env(settings.policy.adapter))
-        return Start(start.base, start.base_name, start.base_kind, start.revision, adapter)
+        return replace(start, adapter=adapter, adapter_revision=settings.policy.revision)
     return start
 
 

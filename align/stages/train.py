@@ -188,7 +188,14 @@ def _open(job: Job, settings: TrainedStage, store: Store, tokenizer: Any) -> Ope
         # An adapter of this recipe has to have the shape the recipe says; somebody else's has its own. How much dropout
         # is trained with is the recipe's word in both cases.
         shape = model.adapter if isinstance(settings.policy, str) else None
-        roles.add_adapter("policy", folder=begin.adapter, settings=shape, dropout=model.adapter.dropout, trainable=True)
+        roles.add_adapter(
+            "policy",
+            folder=begin.adapter,
+            revision=begin.adapter_revision,
+            settings=shape,
+            dropout=model.adapter.dropout,
+            trainable=True,
+        )
     else:
         roles.add_adapter("policy", settings=model.adapter, trainable=True, seed=settings.train.seed)
     if isinstance(settings, Referenced):
@@ -217,6 +224,7 @@ def _merged(job: Job, begin: start.Start, tokenizer: Any) -> start.Start:
             quantization=job.model.quantization,
             dtype=job.model.dtype,
             revision=begin.revision,
+            adapter_revision=begin.adapter_revision,
         )
         partial.rename(folder)
     collectives.barrier()

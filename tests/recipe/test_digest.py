@@ -286,6 +286,13 @@ def test_a_commit_is_taken_as_it_is(check: Check) -> None:
     assert changed(graph, check(HUB.replace("REV", COMMIT[::-1]))) == ["sft"]
 
 
+def test_an_adapter_counts_by_its_commit(check: Check) -> None:
+    text = HUB.replace("REV", COMMIT).replace("data: rows}", "data: rows, policy: {adapter: someone/adapter, AT}}")
+    graph = check(text.replace("AT", f"revision: {COMMIT}"))
+    assert graph.unresolved == {}
+    assert changed(graph, check(text.replace("AT", f"revision: {COMMIT[::-1]}"))) == ["sft"]
+
+
 def test_a_branch_is_looked_up_in_the_cache_when_there_is_no_network(
     check: Check, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

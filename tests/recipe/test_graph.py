@@ -378,6 +378,8 @@ def test_a_published_adapter_must_be_what_the_recipe_says(check: Check, refuse: 
     assert refuse(text).startswith("8: stages.d.policy: rank is 16, the adapter theirs has 8")
     config.write_text(json.dumps({"r": 16, "lora_alpha": 32, "use_rslora": False}))
     assert check(text).nodes["d"].parents == ("base",)
+    pinned = refuse(text.replace("{adapter: theirs}", "{adapter: theirs, revision: v1}"))
+    assert pinned.startswith("8: stages.d.policy.revision: `revision` is ignored: `theirs` is not on the Hub")
 
 
 def test_a_folder_is_found_from_the_recipe_or_from_here(
