@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +28,8 @@ from align.runner.results import keep_results, run_results, show_results
 
 POLL_SECONDS = 0.2
 RESUME_FORCED = "run it again without --from to resume"
+TRACKERS = {"wandb": ("wandb",), "tensorboard": ("tensorboard", "tensorboardX")}
+"""What `logging.report_to` may name -> the packages that do for it."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,7 @@ def run_recipe(
     graph = build_graph(loaded, store.home)
     check_rules(graph)
     _reachable(graph)
+    _trackers(loaded)
     nodes = _selected(graph, until)
     again = _forced(graph, nodes, from_)
     folder = RunFolder.of(loaded.recipe.name)
@@ -119,6 +123,19 @@ def _reachable(graph: Graph) -> None:
             where=str(graph.loaded.path),
             fix="connect to the network, or download it before: hf download NAME",
         )
+
+
+def _trackers(loaded: LoadedRecipe) -> None:
+    """A tracker that is not installed stops the run before anything else; its first worker would tell it late."""
+    for i, name in enumerate(loaded.recipe.logging.report_to):
+        # wandb writes into a folder `wandb`, which looks like a package without a file.
+        found = [spec for package in TRACKERS[name] if (spec := find_spec(package)) and spec.origin]
+        if not found:
+            raise LaunchError(
+                f"the recipe reports to {name}, and the package {name} is not installed",
+                where=loaded.where("logging", "report_to", i),
+                fix=f"pip install {name}, or take it out of logging.report_to",
+            )
 
 
 def _selected(graph: Graph, until: str | None) -> list[Node]:

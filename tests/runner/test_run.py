@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.machinery
 import json
 from pathlib import Path
 
@@ -101,6 +102,41 @@ def test_stages_that_cannot_be_meant(recipe: Path, options: dict[str, str], word
         run_recipe(recipe, **options)
     assert words in str(told.value)
     assert not Path("runs").exists(), "nothing is written before the question is clear"
+
+
+@pytest.fixture
+def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Trackers are looked for in this folder and nowhere else."""
+    folder = tmp_path / "packages"
+    folder.mkdir()
+    monkeypatch.setattr(
+        "align.runner.run.find_spec", lambda name: importlib.machinery.PathFinder.find_spec(name, [str(folder)])
+    )
+    return folder
+
+
+@pytest.mark.parametrize("name", ["wandb", "tensorboard"])
+def test_a_tracker_that_is_not_installed_is_told_before_anything_runs(recipe: Path, packages: Path, name: str) -> None:
+    recipe.write_text(recipe.read_text() + f"logging:\n  report_to:\n    - {name}\n")
+    line = len(recipe.read_text().splitlines())
+    (packages / "wandb").mkdir()  # where wandb keeps its files: no package
+    with pytest.raises(LaunchError) as told:
+        run_recipe(recipe, console=Console(quiet=True))
+    assert told.value.exit_code == 4
+    assert f"demo.yaml:{line}: logging.report_to.0: " in str(told.value)
+    assert f"the package {name} is not installed\n  fix: pip install {name}, or" in str(told.value)
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "package"), [("wandb", "wandb"), ("tensorboard", "tensorboard"), ("tensorboard", "tensorboardX")]
+)
+def test_a_tracker_that_is_installed_passes(
+    recipe: Path, finished: None, packages: Path, name: str, package: str
+) -> None:
+    (packages / package).mkdir()
+    (packages / package / "__init__.py").touch()
+    run_recipe(recipe, overrides=[f"logging.report_to=[{name}]"], console=Console(quiet=True))
 
 
 def test_a_failing_worker_ends_the_run_with_its_own_error(recipe: Path, finish, console: Console) -> None:
