@@ -1,7 +1,9 @@
 """Log-probabilities of the trained tokens, from hidden states at their positions only.
 
-Logits of B x T x V never exist: the head sees the N states that predict a trained token, a tile at a time, and a tile's
-logits are computed again in the backward pass. Shape letters: N trained tokens, H hidden, V vocabulary.
+Logits of B x T x V never exist: the head sees the N states that predict a trained token, a tile at a time. For a frozen
+head, d log p(y) / d h = W[y] - sum_v p_v W[v] does not depend on the loss, so it is computed beside the log-probability
+while the tile's logits are there: 4 N H V operations in all, none in the backward pass. A trained head computes a
+tile's logits again in the backward pass. Shape letters: N trained tokens, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -11,24 +13,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from align.errors import TrainingError
 from align.logps.pack import Pack
 
-TILE_ELEMENTS = 2**24
-"""Most logits (tokens x vocabulary) that exist at once: 64 MiB in fp32."""
+TILE_ELEMENTS = 2**22
+"""Most logits (tokens x vocabulary) that exist at once: 16 MiB in fp32."""
 
 
 def token_logps(causal_lm: Any, pack: Pack) -> Tensor:
-    """[N] log-probabilities of the trained tokens of a pack, in nats, fp32.
-
-    No attention mask is passed: rows are padded on the right, so it would not change a real token, and without it the
-    fast causal kernel is used.
-    """
-    hidden = causal_lm.model(input_ids=pack.input_ids, use_cache=False).last_hidden_state
-    hidden = hidden.flatten(0, 1)
+    """[N] log-probabilities of the trained tokens of a pack, in nats, fp32."""
+    hidden = hidden_states(causal_lm, pack)
     if pack.targets.numel() == 0:
         # Touch body and head, so that every trained parameter takes part in the backward pass of every rank.
         return causal_lm.lm_head(hidden[:1]).float().sum(-1)[:0]
@@ -44,10 +41,29 @@ def last_rewards(causal_lm: Any, pack: Pack, head: Any) -> Tensor:
         pack: The completions.
         head: [1, H] linear layer in fp32.
     """
-    hidden = causal_lm.model(input_ids=pack.input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
+    hidden = hidden_states(causal_lm, pack)
     if pack.completions == 0:
         return head(hidden[:1].float())[:0, 0]
     return head(hidden.index_select(0, pack.last).float())[:, 0]
+
+
+def hidden_states(causal_lm: Any, pack: Pack) -> Tensor:
+    """[R * T, H] last hidden states.
+
+    Padded rows get no attention mask: the padding is on the right, so it would not change a real token, and without it
+    the fast causal kernel is used. A flat pack hands its segments to the attention function of every layer; the mask of
+    one element keeps transformers from making one of T x T, and nobody reads it.
+    """
+    if pack.segments is None:
+        return causal_lm.model(input_ids=pack.input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
+    out = causal_lm.model(
+        input_ids=pack.input_ids,
+        position_ids=pack.position_ids,
+        attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=pack.input_ids.device),
+        segments=pack.segments,
+        use_cache=False,
+    )
+    return out.last_hidden_state.flatten(0, 1)
 
 
 def _through_head(lm_head: Any, states: Tensor, targets: Tensor, vocabulary: int) -> Tensor:
@@ -57,8 +73,11 @@ def _through_head(lm_head: Any, states: Tensor, targets: Tensor, vocabulary: int
     rank has depends on its own tokens.
     """
     own_forward, tile = lm_head.forward, max(1, TILE_ELEMENTS // vocabulary)
+    frozen = type(lm_head) is nn.Linear and not any(p.requires_grad for p in lm_head.parameters())
 
     def tiled(states: Tensor, targets: Tensor) -> Tensor:
+        if frozen and torch.is_grad_enabled() and states.requires_grad:
+            return _FrozenHead.apply(states, targets, lm_head.weight, lm_head.bias, tile)
         tiles = list(zip(states.split(tile), targets.split(tile), strict=True))
         if len(tiles) == 1 or not torch.is_grad_enabled():
             return torch.cat([_tile(own_forward, h, y) for h, y in tiles])
@@ -77,6 +96,32 @@ def _through_head(lm_head: Any, states: Tensor, targets: Tensor, vocabulary: int
 
 def _tile(head: Callable[[Tensor], Tensor], states: Tensor, targets: Tensor) -> Tensor:
     return -F.cross_entropy(head(states).float(), targets, reduction="none")
+
+
+class _FrozenHead(torch.autograd.Function):
+    """Log-probabilities through a head without gradient of its own; keeps [N, H] for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, tile: int) -> Tensor:
+        dtype = torch.get_autocast_dtype(states.device.type) if torch.is_autocast_enabled(states.device.type) else None
+        weight = weight.to(dtype or weight.dtype)
+        values = states.new_empty(len(states), dtype=torch.float32)
+        slopes = torch.empty_like(states)
+        for start in range(0, len(states), tile):
+            rows = slice(start, start + tile)
+            y = targets[rows, None]
+            scores = F.linear(states[rows].to(weight.dtype), weight, bias).float()
+            normaliser = scores.logsumexp(-1, keepdim=True)
+            values[rows] = (scores.gather(1, y) - normaliser)[:, 0]
+            shares = scores.sub_(normaliser).exp_()
+            slopes[rows] = (weight[targets[rows]] - shares.to(weight.dtype) @ weight).to(states.dtype)
+        ctx.save_for_backward(slopes)
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (slopes,) = ctx.saved_tensors
+        return slopes * gradients[0][:, None].to(slopes.dtype), None, None, None, None
 
 
 def check_head(causal_lm: Any) -> None:

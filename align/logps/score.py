@@ -9,11 +9,13 @@ import torch
 
 from align.data.chat import Example
 from align.logps.head import token_logps
-from align.logps.pack import pack_examples
+from align.logps.pack import Packing, pack_examples
 
 
 @torch.no_grad()
-def completion_logps(roles: Any, role: str, examples: Sequence[Example], pack_tokens: int) -> list[tuple[float, ...]]:
+def completion_logps(
+    roles: Any, role: str, examples: Sequence[Example], pack_tokens: int, packing: Packing = "rows"
+) -> list[tuple[float, ...]]:
     """Summed log-probabilities of every completion of every example, in nats.
 
     Args:
@@ -21,13 +23,14 @@ def completion_logps(roles: Any, role: str, examples: Sequence[Example], pack_to
         role: Which of its roles computes.
         examples: Any number of examples.
         pack_tokens: Token budget of one forward pass.
+        packing: How sequences are laid out, of those that `choose_packing` found the model able to.
 
     Returns:
         One tuple per example, one number per completion.
     """
     device = next(roles.parameters()).device
     result: list[tuple[float, ...]] = [()] * len(examples)
-    for pack in pack_examples(examples, pack_tokens):
+    for pack in pack_examples(examples, pack_tokens, packing=packing):
         pack = pack.to(device)
         totals = pack.sum_by_completion(roles(role, token_logps, pack)).total.tolist()
         for i in pack.examples:

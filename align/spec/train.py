@@ -53,6 +53,9 @@ class TrainSettings(Settings):
     validation: ValidationSettings | None = None
     pack_tokens: PositiveInt = cosmetic(8192)
     """Token budget of one forward pass; changes memory and speed, not the result."""
+    packing: Literal["auto", "rows", "flat", "shared"] = cosmetic("auto")
+    """How sequences are laid out in a pack: in padded rows, one after the other, or with the prompt of an example once
+    for all its completions. auto shares prompts where the model can and no dropout is drawn. The loss is the same."""
     log_every_steps: PositiveInt = cosmetic(10)
     save_every_steps: PositiveInt = cosmetic(100)
     """Checkpoint interval."""

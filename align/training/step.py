@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from align.data.chat import Example
-from align.logps import Pack, empty_pack, last_rewards, pack_examples, token_logps
+from align.logps import Pack, Packing, empty_pack, last_rewards, pack_examples, token_logps
 from align.methods import Method
 from align.spec.stages import TrainedStage
 from align.training.batches import batch_of, rewards_of
@@ -65,23 +65,25 @@ class Step:
         method: The method.
         config: Its settings.
         pack_tokens: Token budget of one forward pass.
+        packing: How sequences are laid out; `choose_packing` says what the model can.
     """
 
     method: Method
     config: TrainedStage
     pack_tokens: int
+    packing: Packing = "rows"
 
     def packs(self, examples: Sequence[Example]) -> list[Pack]:
         """Packs of the completions that are trained."""
         own = [replace(e, completions=e.completions[self._own]) for e in examples]
-        return pack_examples(own, self.pack_tokens, score_prompts=self.scores_prompts)
+        return pack_examples(own, self.pack_tokens, packing=self.packing, score_prompts=self.scores_prompts)
 
     def mismatched(self, examples: Sequence[Example]) -> list[Pack]:
         """Packs of the completions that the method's statistic is taken from; none for a method without one."""
         if self.method.statistic is None:
             return []
         other = [replace(e, completions=e.completions[self._other]) for e in examples]
-        return pack_examples(other, self.pack_tokens)
+        return pack_examples(other, self.pack_tokens, packing=self.packing)
 
     @property
     def scores_prompts(self) -> bool:

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,7 +24,8 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from align.artifacts.seal import verify
 from align.data.chat import Example
 from align.errors import TrainingError
-from align.logps import check_head
+from align.logps import Packing, check_head
+from align.logps.engine import choose_packing
 from align.spec.train import ValidationSettings
 from align.training import checkpoint as ckpt
 from align.training import collectives
@@ -156,7 +158,8 @@ class AlignTrainer(Trainer):
         """Wrap first; then the reference, while the policy is still where it starts; then the checkpoint."""
         model, loader = super()._prepare_for_training(max_steps, train_dataloader, None)
         with torch.no_grad():
-            model("policy", check_head)
+            packing = model(self.step.role, self._prepare_engine)
+        self.step = replace(self.step, packing=packing)
         self._prepare_references(model, fresh=resume_from_checkpoint is None)
         if resume_from_checkpoint is not None:
             folder = Path(resume_from_checkpoint)
@@ -172,6 +175,12 @@ class AlignTrainer(Trainer):
             # The intervals are cosmetic: those of this run count, not those of the run that wrote the checkpoint.
             self.state.compute_steps(self.args, max_steps)
         return model, loader
+
+    def _prepare_engine(self, causal_lm: Any, *_: Any) -> Packing:
+        """Prove the engine on the model, and choose how sequences are packed."""
+        check_head(causal_lm)
+        dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.model.modules())
+        return choose_packing(causal_lm, dropout=dropout, wanted=self.step.config.train.packing)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Nothing yet: weights are loaded in `_prepare_for_training`, after the reference was taken."""
@@ -212,6 +221,7 @@ class AlignTrainer(Trainer):
         references = [self.references["train"][i] for i in inputs] if self.reference_role else None
         packs = self.step.packs(examples)
         rounds, weights = self._agree(packs, examples)
+        statistics = self._statistics(model, examples, references)
         world, device = collectives.world_size(), self.args.device
         engine = self.model_wrapped if self.is_deepspeed_enabled else None
         no_sync: Any = getattr(model, "no_sync", contextlib.nullcontext)
@@ -220,7 +230,7 @@ class AlignTrainer(Trainer):
             last = i == rounds - 1
             with contextlib.nullcontext() if last or engine else no_sync():
                 if i < len(packs):
-                    output = self.step.terms(model, packs[i].to(device), examples, references)
+                    output = self.step.terms(model, packs[i].to(device), examples, references, statistics)
                     loss = scaled_loss(output, weights)
                     self._metrics.add(output.metrics)
                     self._tokens += packs[i].tokens
@@ -237,6 +247,24 @@ class AlignTrainer(Trainer):
             engine.step()
         return loss_sum * world
 
+    @torch.no_grad()
+    def _statistics(
+        self, model: nn.Module, examples: Sequence[Example], references: Sequence[Reference] | None
+    ) -> dict[str, Tensor]:
+        """The method's statistic over the whole step and all ranks; nothing for a method without one."""
+        if self.step.method.statistic is None:
+            return {}
+        packs = self.step.mismatched(examples)
+        rounds = int(collectives.gather_rows([len(packs)], self.args.device).max())
+        totals = Totals()
+        for i in range(rounds):
+            if i < len(packs):
+                totals.add(self.step.statistics(model, packs[i].to(self.args.device), examples, references))
+            else:
+                self.step.touch(model, self.step.empty().to(self.args.device))
+        means = pooled_means(collectives.gather_objects(totals.numbers()))
+        return {name: torch.tensor(mean, dtype=torch.float32, device=self.args.device) for name, mean in means.items()}
+
     def _agree(self, packs: Sequence[Any], examples: Sequence[Example]) -> tuple[int, dict[str, float]]:
         """All ranks' number of packs (the maximum), term weights (the sum) and wish to stop."""
         weights = self.step.weights(examples, packs)
@@ -245,6 +273,8 @@ class AlignTrainer(Trainer):
         for _, part, _ in seen:
             for name, weight in part.items():
                 total[name] = total.get(name, 0.0) + weight
+        if self.state.global_step + 1 == self.state.max_steps:
+            self.control.should_log = True  # the last step is told, whatever the interval
         signals = [s for *_, s in seen if s is not None]
         if signals:
             self.stop_request.received = signals[0]
@@ -277,12 +307,13 @@ class AlignTrainer(Trainer):
         examples = list(self.validation[rank::world])
         references = self.references["validation"][rank::world] if self.reference_role else None
         packs = self.step.packs(examples)
+        statistics = self._statistics(model, examples, references)
         rounds = int(collectives.gather_rows([len(packs)], self.args.device).max())
         terms, metrics = Totals(), Totals()
         coefficients: dict[str, float] = {}
         for i in range(rounds):
             if i < len(packs):
-                output = self.step.terms(model, packs[i].to(self.args.device), examples, references)
+                output = self.step.terms(model, packs[i].to(self.args.device), examples, references, statistics)
                 terms.add(output.terms)
                 metrics.add(output.metrics)
                 coefficients |= {name: t.coefficient for name, t in output.terms.items()}
