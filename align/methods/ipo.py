@@ -12,13 +12,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from pydantic import PositiveFloat
 
 from align.methods import method
-from align.methods.ops import paired_metrics
+from align.methods.ops import log_ratio, paired_metrics
 from align.spec.stages import PairedStage, Referenced
-from align.types import Batch, Logps, LossOutput, Needs, PairedLogps
+from align.types import Batch, LossOutput, Needs, PairedLogps
 
 
 class IPO(PairedStage, Referenced):
@@ -43,6 +42,8 @@ def ipo_loss(logps: PairedLogps, config: IPO) -> LossOutput:
         One term per pair; metrics are the log-ratios in the unit of the reduction.
 
     Example:
+        >>> import torch
+        >>> from align.types import Logps
         >>> row = lambda total: Logps(torch.tensor([total]), torch.tensor([4.0]))
         >>> one = torch.ones(1)
         >>> pair = PairedLogps(row(-12.5), row(-14.0), one, PairedLogps(row(-13.0), row(-13.5), one))
@@ -51,11 +52,8 @@ def ipo_loss(logps: PairedLogps, config: IPO) -> LossOutput:
     """
     reference = logps.reference
     assert reference is not None
-
-    def ratio(policy: Logps, frozen: Logps) -> torch.Tensor:
-        return policy.mean - frozen.mean if config.reduction == "token_mean" else policy.total - frozen.total
-
-    chosen, rejected = ratio(logps.chosen, reference.chosen), ratio(logps.rejected, reference.rejected)
+    chosen = log_ratio(logps.chosen, reference.chosen, config.reduction)
+    rejected = log_ratio(logps.rejected, reference.rejected, config.reduction)
     margin = chosen - rejected
     metrics = paired_metrics(logps, chosen, rejected)
     return LossOutput.of_examples((margin - 1 / (2 * config.tau)) ** 2, weight=logps.weight, metrics=metrics)

@@ -54,20 +54,13 @@ def reward_loss(batch: RankedRewards, config: Reward) -> LossOutput:
         0.536108
     """
     pairs = RankedPairs.of(batch.scores, batch.prompt, len(batch.weight))
-    better, worse = torch.broadcast_tensors(batch.rewards[:, None], batch.rewards[None, :])
-    paired = (pairs.count > 0).to(batch.rewards.dtype)
-    weight = batch.weight * paired
+    better, worse = batch.rewards[:, None], batch.rewards[None, :]
+    weight = batch.weight * (pairs.count > 0)
     loss = pairs.mean(-F.logsigmoid(better - worse - _wanted(batch, config)))
     terms = {"loss": Term(loss * weight, weight)}
     if config.centring:
         terms["centring"] = Term(pairs.mean((better + worse) ** 2) * weight, weight, config.centring)
-    metrics = {
-        "rewards/chosen": better,
-        "rewards/rejected": worse,
-        "rewards/margin": better - worse,
-        "rewards/accuracy": (better > worse).to(better.dtype),
-    }
-    return LossOutput(terms, {name: Term(pairs.mean(v.detach()), paired) for name, v in metrics.items()})
+    return LossOutput(terms, pairs.metrics(batch.rewards))
 
 
 def _wanted(batch: RankedRewards, config: Reward) -> Tensor:

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, Literal, get_args, get_origin
+
 import pytest
 import torch
 
+from align.data.chat import Completion, Example
+from align.logps import last_rewards
 from align.methods import Method
-from align.types import Batch, LossOutput, PairedLogps, map_logps
-from tests.methods.batches import config_of, random_batch
-
-
-def part(batch, rows):
-    return map_logps(batch, lambda t: t[rows])
+from align.recipe.ignored import declared
+from align.training.step import Step, Totals, scaled_loss
+from align.types import Batch, LossOutput, Needs
+from tests.methods.batches import (
+    config_of,
+    floating,
+    means,
+    part,
+    policy_leaves,
+    random_batch,
+    random_unpaired,
+    reference_leaves,
+    tensors,
+    wanted,
+)
 
 
 def total(outputs: list[LossOutput]) -> torch.Tensor:
@@ -25,14 +40,14 @@ def total(outputs: list[LossOutput]) -> torch.Tensor:
     )
 
 
-def policy_leaves(batch):
-    """The tensors of the policy's log-probabilities, made leaves."""
-    logps = [batch.policy] if not isinstance(batch, PairedLogps) else [batch.chosen, batch.rejected]
-    return [leaf.total.requires_grad_() for leaf in logps]
+def with_statistic(method: Method) -> Method:
+    if method.statistic is None:
+        pytest.skip(f"{method.kind} has no statistic")
+    return method
 
 
 def test_the_loss_is_a_finite_fp32_scalar_with_gradient(method: Method):
-    batch = map_logps(random_batch(method, 6), lambda t: t.float())
+    batch = floating(random_batch(method, 6), lambda t: t.float())
     leaves = policy_leaves(batch)
     loss = method.loss(batch, config_of(method)).loss
     loss.backward()
@@ -61,6 +76,17 @@ def test_gradients_of_micro_batches_equal_the_full_batch(method: Method):
         torch.testing.assert_close(leaf.grad, expected)
 
 
+def test_metrics_of_micro_batches_equal_the_full_batch(method: Method):
+    batch, config = random_batch(method, 8), config_of(method)
+    full, parts = Totals(), Totals()
+    full.add(method.loss(batch, config).metrics)
+    for i in range(8):
+        parts.add(method.loss(part(batch, slice(i, i + 1)), config).metrics)
+    assert full.numbers().keys() == parts.numbers().keys()
+    for name, numbers in full.numbers().items():
+        assert parts.numbers()[name] == pytest.approx(numbers, rel=1e-9), name
+
+
 def test_order_of_examples_does_not_matter(method: Method):
     batch, config = random_batch(method, 7), config_of(method)
     shuffled = part(batch, torch.tensor([3, 1, 6, 0, 2, 5, 4]))
@@ -70,10 +96,12 @@ def test_order_of_examples_does_not_matter(method: Method):
 def test_weights_do_not_depend_on_logps(method: Method):
     """The step asks for the weights before any forward pass."""
     batch, config = random_batch(method, 5), config_of(method)
-    lengths_kept = map_logps(batch, torch.clone)
-    for leaf in policy_leaves(lengths_kept):
+    before = method.loss(batch, config).terms
+    for leaf in [*policy_leaves(batch), *reference_leaves(batch)]:
         leaf.data.zero_()
-    before, after = method.loss(batch, config).terms, method.loss(lengths_kept, config).terms
+    if method.statistic is not None:
+        batch = replace(batch, statistics={name: torch.zeros(()) for name in batch.statistics})
+    after = method.loss(batch, config).terms
     assert before.keys() == after.keys()
     for name in before:
         torch.testing.assert_close(before[name].weight, after[name].weight)
@@ -81,36 +109,56 @@ def test_weights_do_not_depend_on_logps(method: Method):
 
 def test_likelier_good_completions_lower_the_loss(method: Method):
     """Gradient sign: up for what is wanted, down for what is not."""
-    batch = random_batch(method, 6)
-    leaves = policy_leaves(batch)
+    batch = random_batch(method, 12)
+    policy_leaves(batch)
     method.loss(batch, config_of(method)).loss.backward()
-    assert (leaves[0].grad.sum() < 0).item()
-    if method.batch is Batch.PAIRED:
-        assert (leaves[1].grad.sum() > 0).item()
+    good, bad = wanted(batch)
+    assert good.sum().item() < 0
+    assert bad is None or bad.sum().item() > 0
 
 
-def test_no_gradient_reaches_the_reference(method: Method):
-    if not method.reference:
-        pytest.skip(f"{method.kind} has no reference")
+def test_no_gradient_reaches_reference_statistics_or_metrics(method: Method):
     batch = random_batch(method, 4)
     policy_leaves(batch)
-    reference = [batch.reference.chosen.total.detach(), batch.reference.rejected.total.detach()]
+    frozen = reference_leaves(batch)
+    if method.statistic is not None:
+        frozen += [value.requires_grad_() for value in batch.statistics.values()]
     out = method.loss(batch, config_of(method))
     out.loss.backward()
-    assert all(r.grad is None for r in reference)
-    assert all(not m.sum.requires_grad for m in out.metrics.values())
+    assert all(leaf.grad is None for leaf in frozen)
+    assert all(not t.sum.requires_grad and not t.weight.requires_grad for t in out.metrics.values())
 
 
 def test_the_reference_is_read_exactly_if_it_is_declared(method: Method):
-    if method.batch is not Batch.PAIRED:
-        pytest.skip("only pairs carry a reference")
-    batch, config = random_batch(method, 4), config_of(method)
+    assert ("reference" in method.config.model_fields) == method.reference
     if not method.reference:
-        assert "reference" not in method.config.model_fields
         return
-    assert "reference" in method.config.model_fields
-    moved = PairedLogps(batch.chosen, batch.rejected, batch.weight, random_batch(method, 4, seed=5).reference)
+    batch, config = random_batch(method, 4), config_of(method)
+    moved = replace(batch, reference=random_batch(method, 4, seed=5).reference)
     assert method.loss(batch, config).loss.item() != pytest.approx(method.loss(moved, config).loss.item())
+
+
+def test_the_statistic_is_read_and_is_that_of_the_whole_step(method: Method):
+    """Parts added up give the whole; a row of weight 2 counts like the same row twice; there is no gradient."""
+    with_statistic(method)
+    config, other = config_of(method), random_unpaired(6, 7)
+    policy_leaves(other)
+    whole, parts = Totals(), Totals()
+    terms = method.statistic(other, config)
+    whole.add(terms)
+    for i in range(0, 6, 2):
+        parts.add(method.statistic(part(other, slice(i, i + 2)), config))
+    for name, numbers in whole.numbers().items():
+        assert parts.numbers()[name] == pytest.approx(numbers, rel=1e-12)
+        assert not terms[name].sum.requires_grad
+    twice, weighted = part(other, torch.tensor([0, 0, 1])), part(other, torch.tensor([0, 1]))
+    twice.weight[:], weighted.weight[:] = 1.0, torch.tensor([2.0, 1.0], dtype=torch.float64)
+    expected = means(method.statistic(twice, config))
+    for name, value in means(method.statistic(weighted, config)).items():
+        assert value.item() == pytest.approx(expected[name].item())
+        batch = random_batch(method, 4)
+        moved = replace(batch, statistics=batch.statistics | {name: batch.statistics[name].abs() + 3})
+        assert method.loss(batch, config).loss.item() != pytest.approx(method.loss(moved, config).loss.item())
 
 
 def test_row_weights_scale_rows(method: Method):
@@ -125,24 +173,116 @@ def test_row_weights_scale_rows(method: Method):
 
 def test_bf16_in_fp32_out(method: Method):
     """The engine hands over fp32 sums whatever the model's dtype, so terms and metrics are fp32."""
-    batch = map_logps(random_batch(method, 4), lambda t: t.to(torch.bfloat16).float())
+    batch = floating(random_batch(method, 4), lambda t: t.to(torch.bfloat16).float())
+    assert all(t.dtype in (torch.float32, torch.int64) for t in tensors(batch))
     out = method.loss(batch, config_of(method))
     terms = [*out.terms.values(), *out.metrics.values()]
     assert all(t.sum.dtype == torch.float32 and t.weight.dtype == torch.float32 for t in terms)
 
 
-def test_every_own_setting_is_read(method: Method):
-    """A setting that the loss does not read is an error: some value of it changes the loss."""
-    shared = set(method.config.__mro__[1].model_fields) | {"kind", "reference", "architecture", "tokenizer", "data"}
-    batch = random_batch(method, 5)
-    base = method.loss(batch, config_of(method)).loss.item()
-    # `loss_on` is read where the completion mask is made; tests/data/test_chat.py shows it.
-    for name in set(method.config.model_fields) - shared - {"loss_on"}:
-        others = []
-        for value in (0.25, 0.4, 3.0, "sequence_mean", "sum", "token_mean", True):
-            try:
-                config = config_of(method, **{name: value})
-            except ValueError:
-                continue
-            others.append(method.loss(batch, config).loss.item())
-        assert any(o != pytest.approx(base) for o in others), f"{method.kind} does not read {name}"
+# --- settings -------------------------------------------------------------------------------------------------------
+
+READ_ELSEWHERE = {
+    "sft": {"loss_on"},  # where the mask of trained tokens is made; tests/data/test_chat.py shows it
+    "pretrain": {"architecture", "tokenizer"},
+}
+
+
+def own_settings(method: Method) -> set[str]:
+    """What the method's class adds to its bases, so that its loss has to read it."""
+    bases = [base for base in method.config.__mro__ if base.__module__.startswith("align.spec.")]
+    shared = {name for base in bases for name in base.model_fields} | {"kind", "data"}
+    return set(method.config.model_fields) - shared - READ_ELSEWHERE.get(method.kind, set())
+
+
+def values_of(method: Method, name: str) -> Iterator[Any]:
+    """Some values that the setting may have, its default aside."""
+    field = method.config.model_fields[name]
+    literal = get_origin(field.annotation) is Literal
+    for value in get_args(field.annotation) if literal else (True,) if field.annotation is bool else (0.0, 0.4, 3.0):
+        try:
+            if config_of(method, **{name: value}) != config_of(method):
+                yield value
+        except ValueError:
+            continue
+
+
+def test_every_own_setting_is_read_unless_it_is_declared_unread(method: Method):
+    """In the default settings and in those that differ from them by one: some value of a setting changes the loss."""
+    batch, names = random_batch(method, 6), sorted(own_settings(method))
+    unread = declared(method.config)
+    for changed in [{}] + [{name: value} for name in names for value in values_of(method, name)]:
+        before = method.loss(batch, config_of(method, **changed)).loss.item()
+        for name in set(names) - set(changed):
+            configs = [config_of(method, **changed, **{name: value}) for value in values_of(method, name)]
+            read = any(method.loss(batch, c).loss.item() != pytest.approx(before, rel=1e-9) for c in configs)
+            said = [any(each.field == name and each.when(c) for each in unread) for c in configs]
+            assert read != all(said), f"{method.kind} with {changed}: {name} is {'read' if read else 'not read'}"
+
+
+# --- through packs ---------------------------------------------------------------------------------------------------
+
+
+class Table:
+    """A model whose log-probability of a token depends on it and on the token before it."""
+
+    def __init__(self, vocabulary: int) -> None:
+        self.values = torch.rand(vocabulary, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+    def __call__(self, role: str, function: Any, pack: Any) -> torch.Tensor:
+        ids = pack.input_ids.flatten()
+        if function is last_rewards:
+            return self.values[ids[pack.last]] * 3
+        return -self.values[pack.targets] * (1 + self.values[ids[pack.positions]])
+
+
+def examples_of(method: Method, n: int, vocabulary: int) -> list[Example]:
+    g = torch.Generator().manual_seed(1)
+    draw = lambda low, high: int(torch.randint(low, high, (1,), generator=g))  # noqa: E731
+    ids = lambda k: torch.randint(1, vocabulary, (k,), generator=g).tolist()  # noqa: E731
+    completion = lambda k: Completion(ids(k), [True] * k, False)  # noqa: E731
+    out = []
+    for row in range(n):
+        scores: tuple[float, ...] = (1.0, 0.0)
+        count = {Batch.TOKENS: 1}.get(method.batch, 2)
+        if method.batch is Batch.UNPAIRED:
+            scores = (float(row % 2),)
+        elif method.batch is Batch.RANKED:
+            scores = (2.0, *(float(draw(0, 2)) for _ in range(draw(1, 4))))
+            count = len(scores) + (Needs.REWARDS not in method.needs)
+        completions = tuple(completion(draw(1, 12)) for _ in range(count))
+        weight, margin = draw(1, 4) / 2, draw(0, 3) / 2
+        out.append(Example(row, ids(draw(2, 9)), completions, weight, b"", scores, margin))
+    return out
+
+
+def one_step(method: Method, examples: list[Example], pack_tokens: int, config: Any) -> tuple[float, torch.Tensor, int]:
+    """Loss, gradient and number of packs of an optimizer step, as the trainer makes them."""
+    model, step = Table(40), Step(method, config, pack_tokens)
+    references = None
+    if method.reference:
+        references = [[-0.9 * len(c.ids) for c in e.completions] for e in examples]
+    packs, statistic = step.packs(examples), Totals()
+    for pack in step.mismatched(examples):
+        statistic.add(step.statistics(model, pack, examples, references))
+    statistics = {name: torch.tensor(value / weight) for name, (value, weight) in statistic.numbers().items()}
+    weights, loss = step.weights(examples, packs), 0.0
+    for pack in packs:
+        share = scaled_loss(step.terms(model, pack, examples, references, statistics), weights)
+        share.backward()
+        loss += share.item()
+    return loss, model.values.grad, len(packs)
+
+
+def test_packs_and_their_padding_do_not_matter(method: Method):
+    """One pack of everything, padded to the longest row, or one per example."""
+    configs = [config_of(method)]
+    if Needs.PROMPT_LOGPS in method.needs:
+        configs.append(config_of(method, loss_on="all"))
+    for config in configs:
+        examples = examples_of(method, 7, 40)
+        loss, gradient, packs = one_step(method, examples, 100_000, config)
+        cut_loss, cut_gradient, cut_packs = one_step(method, examples, 1, config)
+        assert (packs, cut_packs) == (1, 7)
+        assert cut_loss == pytest.approx(loss, rel=1e-5)
+        torch.testing.assert_close(cut_gradient, gradient, rtol=1e-4, atol=1e-6)
