@@ -24,7 +24,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from align.artifacts.seal import verify
 from align.data.chat import Example
 from align.errors import TrainingError
-from align.logps import Packing, check_head
+from align.logps import check_head
 from align.logps.engine import choose_packing
 from align.spec.train import ValidationSettings
 from align.training import checkpoint as ckpt
@@ -158,8 +158,7 @@ class AlignTrainer(Trainer):
         """Wrap first; then the reference, while the policy is still where it starts; then the checkpoint."""
         model, loader = super()._prepare_for_training(max_steps, train_dataloader, None)
         with torch.no_grad():
-            packing = model(self.step.role, self._prepare_engine)
-        self.step = replace(self.step, packing=packing)
+            model(self.step.role, self._prepare_engine)
         self._prepare_references(model, fresh=resume_from_checkpoint is None)
         if resume_from_checkpoint is not None:
             folder = Path(resume_from_checkpoint)
@@ -176,11 +175,12 @@ class AlignTrainer(Trainer):
             self.state.compute_steps(self.args, max_steps)
         return model, loader
 
-    def _prepare_engine(self, causal_lm: Any, *_: Any) -> Packing:
-        """Prove the engine on the model, and choose how sequences are packed."""
+    def _prepare_engine(self, causal_lm: Any, *_: Any) -> None:
+        """Prove the engine on the model, and choose how sequences are packed. (ZeRO-3 passes on no plain words.)"""
         check_head(causal_lm)
         dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.model.modules())
-        return choose_packing(causal_lm, dropout=dropout, wanted=self.step.config.train.packing)
+        packing = choose_packing(causal_lm, dropout=dropout, wanted=self.step.config.train.packing)
+        self.step = replace(self.step, packing=packing)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Nothing yet: weights are loaded in `_prepare_for_training`, after the reference was taken."""
