@@ -18,6 +18,7 @@ from align.recipe.graph import Graph, Node
 from align.recipe.lineage import model_loc
 from align.recipe.load import LoadedRecipe
 from align.recipe.origins import Loc
+from align.recipe.sizes import positions_of_folder
 from align.recipe.sources import base_folder
 from align.recipe.validate import combine
 from align.spec.model import Architecture, LoraSettings
@@ -131,13 +132,13 @@ RULES: tuple[Rule, ...] = (
 
 
 def check_rules(graph: Graph) -> None:
-    """Refuse a recipe with a combination that cannot work, or a base that no stage could load.
+    """Refuse a recipe with a combination that cannot work, a base that no stage could load, or too long sequences.
 
     Raises:
         RecipeError: Telling every such place with its values, the reason and the fix.
     """
     errors = [_error(rule, node, graph.loaded) for node in graph.nodes.values() for rule in RULES if rule.applies(node)]
-    errors += _empty_bases(graph)
+    errors += [*_empty_bases(graph), *_too_long(graph)]
     if errors:
         raise combine(errors)
 
@@ -197,3 +198,47 @@ def _empty_bases(graph: Graph) -> Iterator[RecipeError]:
                 where=graph.loaded.where(*model_loc(graph.loaded, node.name, "base")),
                 fix="give a folder written by save_pretrained, with its weights as .safetensors",
             )
+
+
+def _too_long(graph: Graph) -> Iterator[RecipeError]:
+    """Stages with sequences for which their model has no positions, where those of the model are written down."""
+    for node in graph.nodes.values():
+        made = _positions(node, graph)
+        train = node.stage.train if isinstance(node.stage, TrainedStage) else None
+        if made is None or train is None or train.max_tokens <= made.positions:
+            continue
+        written = "max_tokens" in train.model_fields_set
+        if not written and not made.written:
+            continue  # both are defaults: `align plan` notes it
+        yield RecipeError(
+            f"max_tokens {train.max_tokens}{'' if written else ' (the default)'} is more than the "
+            f"{made.positions} positions that `{made.base}` was made for",
+            where=graph.loaded.where("stages", node.name, "train", "max_tokens"),
+            fix=f"write max_tokens: {made.positions} or less" + made.instead,
+        )
+
+
+@dataclass(frozen=True)
+class _Made:
+    """The longest sequence that a base was made for, whether somebody wrote it, and how to have longer ones."""
+
+    base: str
+    positions: int
+    written: bool = True
+    instead: str = ""
+
+
+def _positions(node: Node, graph: Graph) -> _Made | None:
+    """Of the model a stage trains; None for one on the Hub, which need not be on this machine."""
+    if isinstance(node.stage, Pretrain):
+        architecture = node.stage.architecture
+        written = "max_positions" in architecture.model_fields_set
+        more = f", or raise architecture.max_positions of stage `{node.name}`"
+        return _Made(node.name, architecture.max_positions, written, more)
+    if node.model is None:
+        return None
+    if node.model.base in graph.nodes:
+        return _positions(graph.nodes[node.model.base], graph)
+    folder = base_folder(node.model.base, graph.loaded.folder)
+    positions = positions_of_folder(folder) if folder is not None else None
+    return None if positions is None else _Made(node.model.base, positions)

@@ -140,8 +140,31 @@ def size_of_folder(folder: Path) -> ModelSize | None:
         hidden=int(text.get("hidden_size") or embedding[1]),
         layers=len(blocks),
         vocabulary=int(text.get("vocab_size") or embedding[0]),
-        positions=text.get("max_position_embeddings"),
+        positions=_positions(config),
     )
+
+
+def positions_of_folder(folder: Path) -> int | None:
+    """Longest sequence that a saved model was made for, from its configuration; None if that does not tell."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return _positions(config) if isinstance(config, dict) else None
+
+
+def _positions(config: dict[str, Any]) -> int | None:
+    text = config.get("text_config") or config
+    positions = text.get("max_position_embeddings") or text.get("n_positions")
+    if not isinstance(positions, int):
+        return None
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    longest = positions
+    for each in (rope, *rope.values()):  # one for all layers, or one for each type of layer
+        factor = each.get("factor") if isinstance(each, dict) else None
+        if isinstance(factor, int | float):
+            longest = max(longest, int(factor * (each.get("original_max_position_embeddings") or positions)))
+    return longest
 
 
 def cached_folder(model: ModelSettings) -> Path | None:

@@ -11,6 +11,7 @@ import pytest
 
 from align.errors import RecipeError
 from align.recipe import Graph, build_graph, load_recipe
+from align.recipe.rules import check_rules
 
 Check = Callable[..., Graph]
 Refuse = Callable[..., str]
@@ -36,7 +37,9 @@ RECIPE = HEAD + BASE + SFT + DPO + COMPARE
 @pytest.mark.parametrize("path", VALID, ids=lambda path: path.stem)
 def test_valid_recipes_have_no_mistake(path: Path, tmp_path: Path) -> None:
     loaded = load_recipe(path)
-    assert set(build_graph(loaded, tmp_path).nodes) == set(loaded.stages)
+    graph = build_graph(loaded, tmp_path)
+    check_rules(graph)
+    assert set(graph.nodes) == set(loaded.stages)
 
 
 def test_a_node_has_all_it_is_made_from(check: Check) -> None:

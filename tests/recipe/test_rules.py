@@ -137,6 +137,107 @@ def test_a_folder_without_a_model_is_no_base(check: Check, tmp_path: Path, files
     assert "--set model.base=llm" in str(caught.value)
 
 
+SHORT = {"max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told", "fix"),
+    [
+        (
+            ["stages.base.train.max_tokens=513"],
+            "--set stages.base.train.max_tokens=513: max_tokens 513 is more than the 512 positions that `base` was",
+            "write max_tokens: 512 or less, or raise architecture.max_positions of stage `base`",
+        ),
+        (
+            ["stages.dpo.train.max_tokens=600"],
+            "--set stages.dpo.train.max_tokens=600: max_tokens 600 is more than the 512 positions that `base` was",
+            "write max_tokens: 512 or less, or raise architecture.max_positions of stage `base`",
+        ),
+        (  # through a parent that was trained in full
+            [
+                "stages.sft.model={adapter: none, quantization: none}",
+                "stages.dpo.model={base: sft, adapter: none, quantization: none}",
+                "stages.dpo.train.max_tokens=600",
+            ],
+            "--set stages.dpo.train.max_tokens=600: max_tokens 600 is more than the 512 positions that `base` was",
+            "write max_tokens: 512 or less",
+        ),
+        (  # what nobody wrote points at the stage
+            [
+                "stages.base.architecture.max_positions=512",
+                "stages.base.train.max_tokens=512",
+                "stages.dpo.train.max_tokens=512",
+            ],
+            "recipe.yaml:13: stages.sft.train.max_tokens: max_tokens 1024 (the default) is more than the 512 positions",
+            "write max_tokens: 512 or less",
+        ),
+    ],
+)
+def test_sequences_longer_than_a_base_of_the_recipe_are_refused(
+    check: Check, overrides: list[str], told: str, fix: str
+) -> None:
+    with pytest.raises(RecipeError) as caught:
+        check_rules(check(RECIPE, *overrides))
+    first, second, *rest = str(caught.value).splitlines()
+    assert told in first
+    assert second.startswith(f"  fix: {fix}")
+    assert not rest
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["stages.base.train.max_tokens=512"],
+        ["stages.base.architecture.max_positions=2048", "stages.dpo.train.max_tokens=2048"],
+        # What is on the Hub is known once it is loaded.
+        ["stages.other={kind: sft, data: talks, model: {base: some/model}, train: {max_tokens: 100000}}"],
+    ],
+    ids=" ".join,
+)
+def test_sequences_that_fit_pass(check: Check, overrides: list[str]) -> None:
+    check_rules(check(RECIPE, *overrides))
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    ("config", "longest"),
+    [
+        (SHORT, 64),
+        ({"text_config": SHORT}, 64),
+        ({"n_positions": 96}, 96),
+        ({"max_position_embeddings": 64, "rope_scaling": YARN}, 256),
+        ({"max_position_embeddings": 300, "rope_parameters": YARN}, 300),
+        ({"max_position_embeddings": 64, "rope_parameters": {"full_attention": YARN, "sliding_attention": {}}}, 256),
+        ({"max_position_embeddings": 64, "rope_scaling": {"rope_type": "dynamic", "factor": 2}}, 128),
+    ],
+)
+def test_sequences_longer_than_a_folder_was_made_for_are_refused(
+    check: Check, tmp_path: Path, config: dict[str, object], longest: int
+) -> None:
+    (tmp_path / "llm").mkdir()
+    (tmp_path / "llm" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "llm" / "model.safetensors").touch()
+    text = RECIPE.replace("data: talks}", "data: talks, model: {base: llm}, train: {max_tokens: N}}")
+    text = text.replace(", reference: sft, data: pairs}", ", reference: sft, data: pairs, model: {base: llm}, TRAIN}")
+    text = text.replace("TRAIN", "train: {max_tokens: 8}")
+    check_rules(check(text.replace("N}}", f"{longest}}}}}")))
+    with pytest.raises(RecipeError) as caught:
+        check_rules(check(text.replace("N}}", f"{longest + 1}}}}}")))
+    assert "recipe.yaml:13: stages.sft.train.max_tokens: " in str(caught.value)
+    assert f"max_tokens {longest + 1} is more than the {longest} positions that `llm` was made for" in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"max_position_embeddings": "many"}'])
+def test_a_configuration_that_does_not_tell_passes(check: Check, tmp_path: Path, content: str) -> None:
+    (tmp_path / "llm").mkdir()
+    (tmp_path / "llm" / "config.json").write_text(content)
+    (tmp_path / "llm" / "model.safetensors").touch()
+    check_rules(check(RECIPE, "model.base=llm", "stages.sft.train.max_tokens=100000"))
+
+
 def test_the_table_has_every_rule() -> None:
     lines = rules_table().splitlines()
     assert len(lines) == len(RULES) + 2

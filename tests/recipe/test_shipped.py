@@ -8,6 +8,7 @@ import pytest
 
 from align.recipe import build_graph, load_recipe
 from align.recipe.document import dump
+from align.recipe.rules import check_rules
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 shipped = pytest.mark.parametrize(
@@ -34,6 +35,7 @@ def test_is_a_sound_graph(
     if "${env:ALIGN_DATA}" in path.read_text(encoding="utf-8"):
         monkeypatch.setenv("ALIGN_DATA", str(request.getfixturevalue("align_data")))
     graph = build_graph(load_recipe(path), tmp_path)
+    check_rules(graph)
     assert set(graph.nodes) == set(load_recipe(path).recipe.stages)
 
 
