@@ -28,7 +28,7 @@ class FileRecord(Settings):
 
 
 class PolicyRecord(Settings):
-    """The model of a policy: its base, and whether an adapter stands on it."""
+    """The model of a policy or a reward model: its base, and whether an adapter stands on it."""
 
     base: str
     """Fingerprint of the stage that trained the base, or its folder, or its Hub name."""
@@ -56,6 +56,8 @@ class Manifest(Settings):
     settings: dict[str, Any] = Field(default_factory=dict)
     policy: PolicyRecord | None = None
     """None for a stage that makes no policy."""
+    reward: PolicyRecord | None = None
+    """None for a stage that makes no reward model."""
     seed: int | None = None
     versions: dict[str, str] = Field(default_factory=dict)
     hardware: dict[str, Any] = Field(default_factory=dict)
@@ -67,6 +69,11 @@ class Manifest(Settings):
     """Time in UTC, ISO 8601."""
     files: dict[str, FileRecord] = Field(default_factory=dict, exclude=True)
     """Every file of the artifact. Read from the seal, which knows the hash of `manifest.json` too."""
+
+    @property
+    def trained(self) -> PolicyRecord | None:
+        """The model that the stage trained, whatever it is good for; None for a stage that trained none."""
+        return self.policy or self.reward
 
 
 def library_versions() -> dict[str, str]:

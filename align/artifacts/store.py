@@ -208,8 +208,9 @@ class Store:
             manifest = Manifest.model_validate_json((self.home / "artifacts" / name / MANIFEST).read_bytes())
         except (OSError, ValidationError):
             return
-        if manifest.policy is not None and manifest.policy.base_kind == "stage" and manifest.policy.adapter:
-            yield _name(manifest.policy.base)
+        model = manifest.trained
+        if model is not None and model.base_kind == "stage" and model.adapter:
+            yield _name(model.base)
 
     def _folders(self, kind: str) -> list[Path]:
         parent = self.home / kind

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     BitsAndBytesConfig,
     GenerationConfig,
     LlamaConfig,
@@ -31,6 +33,7 @@ def load_base(
     quantization: Quantization = "none",
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     revision: str | None = None,
+    scorer: bool = False,
 ) -> PreTrainedModel:
     """Load a causal LM from safetensors, frozen, in eval mode, without a cache, on this rank's device.
 
@@ -42,9 +45,10 @@ def load_base(
         quantization: `nf4` is 4-bit NormalFloat with double quantization, `int8` is LLM.int8.
         dtype: Compute dtype, see `compute_dtype`.
         revision: Hub revision.
+        scorer: Load a sequence classifier instead, see `align.models.rewards`.
 
     Raises:
-        RecipeError: If the folder holds no causal LM in safetensors.
+        RecipeError: If the folder holds no such model in safetensors.
         LaunchError: If the Hub cannot be reached or memory does not suffice.
     """
     prepare_process()
@@ -57,8 +61,9 @@ def load_base(
     if device().type == "cuda" and not sharded:
         options["device_map"] = {"": device()}
     try:
-        with reading(source, "causal LM"):
-            base = AutoModelForCausalLM.from_pretrained(str(source), **options)
+        with reading(source, "reward model" if scorer else "causal LM"):
+            auto = AutoModelForSequenceClassification if scorer else AutoModelForCausalLM
+            base = auto.from_pretrained(str(source), **options)
     except torch.OutOfMemoryError as error:
         gc.collect()
         raise LaunchError(
@@ -108,6 +113,15 @@ def new_base(architecture: Architecture, tokenizer: PreTrainedTokenizerBase, see
     if not is_deepspeed_zero3_enabled():
         base.to(device())
     return _settled(base)
+
+
+def without_dropout(base: nn.Module) -> None:
+    """Policy and reference must agree at step 0; a base's own dropout would keep them apart. LoRA's is a setting."""
+    for module in base.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            setattr(module, "attention_dropout", 0.0)  # noqa: B010
 
 
 def _settled(base: PreTrainedModel) -> PreTrainedModel:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from align.models.rewards import read_normalization
+
 if TYPE_CHECKING:
     from align.artifacts.manifest import Manifest
 
@@ -21,6 +23,27 @@ from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("model")
 """
+LOAD_REWARD_ADAPTER = """\
+from peft import AutoPeftModelForSequenceClassification
+from transformers import AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("adapter")
+model = AutoPeftModelForSequenceClassification.from_pretrained(
+    "adapter", num_labels=1, pad_token_id=tokenizer.pad_token_id{quantization}
+)
+"""
+LOAD_REWARD_MODEL = """\
+from transformers import AutoModelForSequenceClassification
+
+model = AutoModelForSequenceClassification.from_pretrained("model")
+"""
+SCORING = """\
+A prompt and its completion, as the chat template writes them and up to and including EOS, give one number: \
+`model(**batch).logits[:, 0]`, higher is better. transformers scores the last token that is not padding, so the pad \
+token has to be another than EOS."""
+NORMALIZED = """\
+Where align itself uses this model, the reward becomes (r - {mean:.6g}) / {std:.6g}: mean 0 and standard deviation 1 \
+over {n} completions ({on}), see `normalization.json`."""
 QUANTIZATION = {
     "none": "",
     "int8": ", quantization_config=BitsAndBytesConfig(load_in_8bit=True)",
@@ -34,14 +57,16 @@ def write_card(folder: Path, manifest: Manifest) -> None:
 
     Args:
         folder: Folder of the artifact.
-        manifest: Of a stage that trained a policy.
+        manifest: Of a stage that trained a policy or a reward model.
     """
-    assert manifest.policy is not None
+    assert manifest.trained is not None
+    scored = [f"## Score\n\n{_scoring(folder)}"] if manifest.reward else []
     sections = [
         f"---\n{yaml.safe_dump(_front_matter(manifest), sort_keys=False)}---",
         f"# {manifest.stage}",
         _story(manifest),
         "## Load\n\n" + _loading(manifest),
+        *scored,
         "## Data\n\n" + _data(manifest.data),
         "## Settings\n\n" + _fenced("yaml", yaml.safe_dump(manifest.settings, sort_keys=False)),
         "## Metrics at the end\n\n" + _table(("metric", "value"), _numbers(manifest.metrics)),
@@ -53,25 +78,28 @@ def write_card(folder: Path, manifest: Manifest) -> None:
 
 
 def _front_matter(manifest: Manifest) -> dict[str, Any]:
-    policy = manifest.policy
-    assert policy is not None
+    model = manifest.trained
+    assert model is not None
     found: dict[str, Any] = {}
-    if policy.base_kind == "hub":
-        found["base_model"] = policy.base
-    found["library_name"] = "peft" if policy.adapter else "transformers"
-    found["pipeline_tag"] = "text-generation"
-    quantized = [policy.model.quantization] if policy.model.quantization != "none" else []
-    found["tags"] = ["align", manifest.kind, *(["lora"] if policy.adapter else []), *quantized]
+    if model.base_kind == "hub":
+        found["base_model"] = model.base
+    found["library_name"] = "peft" if model.adapter else "transformers"
+    found["pipeline_tag"] = "text-classification" if manifest.reward else "text-generation"
+    tags = ["reward-model"] if manifest.reward else []
+    quantized = [model.model.quantization] if model.model.quantization != "none" else []
+    found["tags"] = ["align", manifest.kind, *tags, *(["lora"] if model.adapter else []), *quantized]
     return found
 
 
 def _story(manifest: Manifest) -> str:
-    policy = manifest.policy
-    assert policy is not None
-    base = {"hub": f"`{policy.base}`", "path": f"the model in `{policy.base}`", "stage": f"stage `{policy.base[:16]}`"}
-    what = "A LoRA adapter" if policy.adapter else "A model with all parameters trained"
-    on = f" on {base[policy.base_kind]}" if policy.base != manifest.fingerprint else ""
-    revision = f" at revision `{policy.revision}`" if policy.revision else ""
+    model = manifest.trained
+    assert model is not None
+    base = {"hub": f"`{model.base}`", "path": f"the model in `{model.base}`", "stage": f"stage `{model.base[:16]}`"}
+    what = "A LoRA adapter" if model.adapter else "A model with all parameters trained"
+    if manifest.reward:
+        what = "A reward model: " + ("a LoRA adapter" if model.adapter else "all parameters") + " and a scalar head"
+    on = f" on {base[model.base_kind]}" if model.base != manifest.fingerprint else ""
+    revision = f" at revision `{model.revision}`" if model.revision else ""
     minutes = manifest.wall_seconds / 60
     return (
         f"{what}{on}{revision}, trained by `kind: {manifest.kind}` of the recipe `{manifest.recipe}` with align "
@@ -82,13 +110,21 @@ def _story(manifest: Manifest) -> str:
 
 
 def _loading(manifest: Manifest) -> str:
-    policy = manifest.policy
-    assert policy is not None
-    if not policy.adapter:
-        return _fenced("python", LOAD_MODEL)
-    quantization = QUANTIZATION[policy.model.quantization]
+    model = manifest.trained
+    assert model is not None
+    if not model.adapter:
+        return _fenced("python", LOAD_REWARD_MODEL if manifest.reward else LOAD_MODEL)
+    quantization = QUANTIZATION[model.model.quantization]
     needs = "from transformers import BitsAndBytesConfig\n" if quantization else ""
-    return _fenced("python", needs + LOAD_ADAPTER.format(quantization=quantization))
+    snippet = LOAD_REWARD_ADAPTER if manifest.reward else LOAD_ADAPTER
+    return _fenced("python", needs + snippet.format(quantization=quantization))
+
+
+def _scoring(folder: Path) -> str:
+    """How to use a reward model, and the scale of its rewards."""
+    found = read_normalization(folder)
+    scale = NORMALIZED.format(mean=found.mean, std=found.std, n=found.n, on=found.on) if found.n else ""
+    return f"{SCORING} {scale}".rstrip()
 
 
 def _data(data: Mapping[str, Any]) -> str:

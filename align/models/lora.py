@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from align.errors import RecipeError
+from align.models.heads import SCORE
 from align.models.platform import prepare_bitsandbytes
 from align.models.source import reading
 from align.spec.model import LoraSettings
@@ -45,8 +46,18 @@ def lora_config(settings: LoraSettings) -> LoraConfig:
     )
 
 
-def read_adapter(source: str | Path, revision: str | None = None) -> tuple[LoraConfig, dict[str, Tensor]]:
+def read_adapter(
+    source: str | Path, revision: str | None = None, *, with_head: bool = False
+) -> tuple[LoraConfig, dict[str, Tensor], Tensor | None]:
     """Configuration and tensors of a PEFT folder or Hub adapter; plain LoRA in safetensors only.
+
+    Args:
+        source: Folder or Hub name.
+        revision: Hub revision.
+        with_head: Whether the adapter may be a reward model's, with a scalar head of its own.
+
+    Returns:
+        Configuration, tensors of the layers, and the weight of the scalar head if there is one.
 
     Raises:
         RecipeError: If it is no such adapter.
@@ -56,6 +67,16 @@ def read_adapter(source: str | Path, revision: str | None = None) -> tuple[LoraC
     with reading(source, "LoRA adapter", where=where):
         config = PeftConfig.from_pretrained(str(source), revision=revision)
         weights = load_file(cached_file(str(source), WEIGHTS, revision=revision))
+    score = None
+    if config.task_type == "SEQ_CLS" and set(config.modules_to_save or ()) <= {SCORE, "classifier"}:
+        if not with_head:
+            raise RecipeError(
+                f"{source} is the adapter of a reward model or classifier, not of a policy",
+                where=where,
+                fix="name an adapter of task_type CAUSAL_LM",
+            )
+        score = weights.pop(f"{DISK_PREFIX}{SCORE}.weight", None)
+        config.modules_to_save, config.task_type = None, "CAUSAL_LM"  # the head is ours, not PEFT's
     extra = [name for name in ("use_dora", "modules_to_save", "trainable_token_indices") if getattr(config, name, None)]
     if not isinstance(config, LoraConfig) or extra or config.bias != "none":
         raise RecipeError(
@@ -63,7 +84,7 @@ def read_adapter(source: str | Path, revision: str | None = None) -> tuple[LoraC
             where=where,
             fix="merge it into its base and use the result as model.base",
         )
-    return config, weights
+    return config, weights, score
 
 
 def inject(base: PreTrainedModel, key: str, config: LoraConfig) -> None:

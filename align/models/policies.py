@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from transformers import PreTrainedTokenizerBase
 
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PolicySource:
-    """Where a policy's weights are.
+    """Where the weights of a policy, or of a reward model, are.
 
     Attributes:
-        base: Folder or Hub name that the base is loaded from; the policy itself where it was trained in full.
+        base: Folder or Hub name that the base is loaded from; the model itself where it was trained in full.
         revision: Hub revision of the base.
         adapter: PEFT folder, or None.
         model: How it was trained: quantization and dtype.
@@ -38,20 +38,21 @@ class PolicySource:
 
     @property
     def folder(self) -> Path:
-        """The folder with the policy's own tokenizer."""
+        """The folder with the model's own tokenizer."""
         return self.adapter or Path(self.base)
 
 
-def locate(store: Store, fingerprint: str) -> PolicySource:
-    """Find the base and the adapter of a policy.
+def locate(store: Store, fingerprint: str, what: Literal["policy", "reward"] = "policy") -> PolicySource:
+    """Find the base and the adapter of a policy, or of a reward model.
 
     Raises:
-        ArtifactError: If it is not in the store, is damaged, or is no policy.
+        ArtifactError: If it is not in the store, is damaged, or is no such model.
     """
     artifact = store.get(fingerprint)
-    record = artifact.manifest.policy
+    record = getattr(artifact.manifest, what)
     if record is None:
-        raise ArtifactError(f"stage {artifact.manifest.stage!r} ({artifact.manifest.kind}) made no policy")
+        made = f"stage {artifact.manifest.stage!r} ({artifact.manifest.kind})"
+        raise ArtifactError(f"{made} made no {'reward model' if what == 'reward' else what}")
     if not record.adapter:
         return PolicySource(str(artifact.folder / MODEL), None, None, record.model)
     base = str(store.get(record.base).folder / MODEL) if record.base_kind == "stage" else record.base

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from align.errors import TrainingError
+from align.errors import RecipeError, TrainingError
+from align.models.heads import SCORE, ScalarHead
 from align.spec.model import LoraSettings
 
 T = TypeVar("T")
@@ -34,6 +35,8 @@ class RoleModel(nn.Module):
     def __init__(self, base: PreTrainedModel, *, gradient_checkpointing: bool = False) -> None:
         super().__init__()
         self.base = base.requires_grad_(False)
+        self.heads = nn.ModuleDict()
+        """Scalar heads by the key of their role; here, so that whatever wraps the model sees them."""
         self._keys: dict[str, str | None] = {}
         self._trained: str | None = None
         self._active: str | None = None
@@ -76,6 +79,7 @@ class RoleModel(nn.Module):
         revision: str | None = None,
         copy_of: str | None = None,
         dropout: float | None = None,
+        with_head: bool = False,
         trainable: bool,
         seed: int = 0,
     ) -> None:
@@ -92,6 +96,7 @@ class RoleModel(nn.Module):
             revision: Hub revision of `folder`.
             copy_of: A role of this model to start from.
             dropout: Overrides what the adapter to start from was trained with.
+            with_head: Take the scalar head too, if `folder` has one; a folder with a head is refused otherwise.
             trainable: Whether this is the one role that is trained.
             seed: Seed of a fresh adapter.
 
@@ -100,13 +105,11 @@ class RoleModel(nn.Module):
         """
         from align.models import lora  # peft takes seconds to import; a model trained in full does without
 
+        found, values, score = None, None, None
         if folder is not None:
-            found, values = lora.read_adapter(folder, revision)
+            found, values, score = lora.read_adapter(folder, revision, with_head=with_head)
         elif copy_of is not None:
-            found = self.adapter_config(copy_of)
-            values = self.tensors(copy_of)
-        else:
-            found, values = None, None
+            found, values = self.adapter_config(copy_of), self._adapter(copy_of)
         what = f"the adapter {folder or copy_of}"
         if settings is not None:
             config = lora.lora_config(settings)
@@ -124,12 +127,56 @@ class RoleModel(nn.Module):
         lora.inject(self.base, key, config)
         self._keys[role] = key
         if values is not None:
-            lora.fill(self.tensors(role), values, what)
+            lora.fill(self._adapter(role), values, what)
         else:
-            lora.initialise(self.tensors(role).items(), seed)
+            lora.initialise(self._adapter(role).items(), seed)
         if not trainable:
             lora.without_dropout(self.base, key)
         self._settle(trained=role if trainable else None)
+        if score is not None:
+            self.add_head(role, weight=score)
+
+    def add_head(self, role: str, *, weight: Tensor | None = None, seed: int = 0) -> ScalarHead:
+        """Give a role a scalar head in fp32, trained if the role is; `forward` hands it to its functions.
+
+        Args:
+            role: A role without a head.
+            weight: [1, H] to start from.
+            seed: What a weight is drawn from where none is given.
+
+        Raises:
+            RecipeError: The role's adapter changes the language model's head, which a scalar head does without, or
+                `weight` has another width.
+        """
+        if self.has_head(role):
+            raise ValueError(f"role {role!r} has a head already")
+        beside = [name for name in self._adapter(role) if not self._in_body(role, name)]
+        if beside and self._keys[role] is not None:
+            raise RecipeError(
+                f"the adapter changes {beside[0].rpartition('.lora_')[0]}, which no reward passes through",
+                where="model.adapter.targets",
+                fix="name layers of the model's body, or all-linear",
+            )
+        head = ScalarHead(self.config.get_text_config().hidden_size, next(self.base.parameters()).device)
+        if weight is None:
+            head.draw(seed)
+        elif weight.shape != head.weight.shape:
+            raise RecipeError(f"the head has shape {list(weight.shape)}, the base wants {list(head.weight.shape)}")
+        else:
+            head.weight.data.copy_(weight)
+        self.heads[_key(role)] = head
+        self._settle()
+        return head
+
+    def has_head(self, role: str) -> bool:
+        """Whether a role has a scalar head."""
+        return _key(self._known(role)) in self.heads
+
+    def head(self, role: str) -> ScalarHead:
+        """The scalar head of a role that has one."""
+        head = self.heads[_key(self._known(role))]
+        assert isinstance(head, ScalarHead)
+        return head
 
     def add_base_role(self, role: str) -> None:
         """Add a frozen role that is the base with all adapters off."""
@@ -137,6 +184,12 @@ class RoleModel(nn.Module):
             raise ValueError(f"the base is trained as {self._trained!r}; a frozen copy needs a RoleModel of its own")
         self._claim(role, trainable=False)
         self._keys[role] = None
+        self._settle()
+
+    def adopt_adapter(self, role: str, key: str) -> None:
+        """Make an adapter that PEFT has put on the base under `key` a frozen role."""
+        self._claim(role, trainable=False)
+        self._keys[role] = key
         self._settle()
 
     def train_base(self, role: str = "policy") -> None:
@@ -173,13 +226,15 @@ class RoleModel(nn.Module):
 
         Args:
             role: Its name. With gradients on it must be the trained role.
-            function: Gets an object with `.model`, `.lm_head`, `.generate` and `.config`.
+            function: Gets an object with `.model`, `.lm_head`, `.generate` and `.config`, and the role's scalar head as
+                its last argument if the role has one.
             *args: Handed on.
 
         Raises:
             TrainingError: If a frozen role is run while gradients are recorded.
         """
-        self._known(role)
+        if self.has_head(role):
+            args = (*args, self.head(role))
         if not torch.is_grad_enabled():
             with self.role(role), self._precision():
                 return function(self.causal_lm, *args)
@@ -191,13 +246,16 @@ class RoleModel(nn.Module):
     # State -----------------------------------------------------------------------------------------------------------
 
     def tensors(self, role: str) -> dict[str, Tensor]:
-        """The parameters of a role under their names on disk: PEFT's for an adapter, the model's own otherwise."""
-        key = self._keys[self._known(role)]
-        if key is None:
-            return dict(self.base.named_parameters())
-        from align.models import lora
+        """The parameters of a role under their names on disk: PEFT's for an adapter, the model's own otherwise.
 
-        return dict(lora.adapter_tensors(self.base, key))
+        A role with a scalar head has that instead of the language model's.
+        """
+        own = self._adapter(role)
+        if not self.has_head(role):
+            return own
+        if self._keys[role] is None:
+            own = {name: tensor for name, tensor in own.items() if self._in_body(role, name)}
+        return {**own, self._prefix(role) + f"{SCORE}.weight": self.head(role).weight}
 
     def adapter_config(self, role: str) -> Any:
         """The `peft.LoraConfig` of a role that is an adapter; None for the base."""
@@ -229,15 +287,36 @@ class RoleModel(nn.Module):
     # Inside ----------------------------------------------------------------------------------------------------------
 
     def _claim(self, role: str, trainable: bool) -> str:
-        """Reserve a role and return the key of its adapter; ModuleDict keys hold no dots and must not be attributes."""
+        """Reserve a role and return the key of its adapter."""
         if role in self._keys:
             raise ValueError(f"there is a role {role!r} already")
         if trainable and self._trained is not None:
             raise ValueError(f"{self._trained!r} is trained already; a model has one trained role")
-        key = f"role_{role.replace('.', '__')}"
-        if key in self._keys.values():
+        key = _key(role)
+        if key in map(_key, self._keys):
             raise ValueError(f"the role {role!r} is too like another one")
         return key
+
+    def _adapter(self, role: str) -> dict[str, Tensor]:
+        """The parameters of a role without its scalar head: those of its adapter, or all of the base."""
+        key = self._keys[self._known(role)]
+        if key is None:
+            return dict(self.base.named_parameters())
+        from align.models import lora
+
+        return dict(lora.adapter_tensors(self.base, key))
+
+    def _prefix(self, role: str) -> str:
+        """What stands before the names that the base knows, in the names of a role's tensors on disk."""
+        if self._keys[role] is None:
+            return ""
+        from align.models import lora
+
+        return lora.DISK_PREFIX
+
+    def _in_body(self, role: str, name: str) -> bool:
+        """Whether a tensor of a role belongs to the base without the language model's head."""
+        return name.removeprefix(self._prefix(role)).startswith(f"{self.base.base_model_prefix}.")
 
     def _settle(self, trained: str | None = None) -> None:
         """After a change of roles: new modules get the model's mode, flags are set anew, the resting role is active."""
@@ -248,6 +327,7 @@ class RoleModel(nn.Module):
             self._layers = lora.layers(self.base)
         self.train(self.training)
         self.base.requires_grad_(False)
+        self.heads.requires_grad_(False)
         for parameter in self.trainable_state().values():
             parameter.requires_grad_(True)
         for layer in self._layers:
@@ -277,6 +357,11 @@ class RoleModel(nn.Module):
         if self._autocast is None:
             return nullcontext()
         return torch.autocast(next(self.base.parameters()).device.type, dtype=self._autocast)
+
+
+def _key(role: str) -> str:
+    """The key of a role's modules; those of a ModuleDict hold no dots and must not be attributes of it."""
+    return f"role_{role.replace('.', '__')}"
 
 
 class _CausalLM:

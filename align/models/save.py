@@ -1,4 +1,4 @@
-"""Policies as folders that plain transformers and PEFT load, and adapters merged into their base."""
+"""Policies and reward models as folders that plain transformers and PEFT load, and adapters merged into their base."""
 
 from __future__ import annotations
 
@@ -8,17 +8,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
+import torch
 from safetensors.torch import save_file
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from align.errors import RecipeError
 from align.models.base import Quantization, load_base
+from align.models.heads import SCORE
 from align.models.roles import RoleModel
 
 ADAPTER = "adapter"
-"""Folder of a LoRA policy inside its artifact."""
+"""Folder of a LoRA adapter inside its artifact."""
 MODEL = "model"
-"""Folder of a whole model inside its artifact: a policy trained in full, or a merged base."""
+"""Folder of a whole model inside its artifact: one trained in full, or a merged base."""
 
 
 def save_policy(
@@ -34,11 +43,12 @@ def save_policy(
     """Write a role as `adapter/` (PEFT) or `model/` (transformers) with its tokenizer and chat template.
 
     Tensors are written in their own dtype, so a reload computes the same logits bit for bit. Nothing on disk carries
-    the role's name.
+    the role's name. A role with a scalar head is written as what transformers calls a sequence classifier with one
+    label, and its adapter as one of such a model.
 
     Args:
         roles: The model.
-        role: An adapter, or the base itself.
+        role: An adapter, or the base itself; with a scalar head or without.
         folder: Folder of the artifact.
         tokenizer: Saved beside the weights; its EOS and pad token become the model's where it has none.
         base_reference: Folder (absolute) or Hub name of the base, for whoever loads the adapter. Unused for a model.
@@ -51,8 +61,11 @@ def save_policy(
     tensors = {name: t.detach().cpu().contiguous() for name, t in (state or roles.tensors(role)).items()}
     config = roles.adapter_config(role)
     if config is None:
-        return _save_model(roles.base, tensors, folder / MODEL, tokenizer)
+        save = _save_scorer if roles.has_head(role) else _save_model
+        return save(roles.base, tensors, folder / MODEL, tokenizer)
     config = copy.copy(config)
+    if roles.has_head(role):
+        config.task_type, config.modules_to_save = "SEQ_CLS", [SCORE]
     config.base_model_name_or_path, config.revision = base_reference, base_revision
     config.inference_mode = True
     if isinstance(config.target_modules, set):
@@ -126,3 +139,42 @@ def _save_model(
         model.config.use_cache = use_cache
     tokenizer.save_pretrained(out)
     return out
+
+
+def _save_scorer(
+    base: PreTrainedModel, parameters: Mapping[str, Tensor], out: Path, tokenizer: PreTrainedTokenizerBase
+) -> Path:
+    """The body of a causal LM and a scalar head, as the sequence classifier of its kind."""
+    model = empty_scorer(base.config)
+    text = model.config.get_text_config()
+    if text.pad_token_id is None:
+        text.pad_token_id = tokenizer.pad_token_id
+    kept, body = base.state_dict().keys(), f"{base.base_model_prefix}."
+    buffers = {name: b for name, b in base.named_buffers() if name in kept and name.startswith(body)}
+    model.load_state_dict({**buffers, **parameters}, assign=True)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return out
+
+
+def empty_scorer(config: PretrainedConfig) -> PreTrainedModel:
+    """The sequence classifier with one label on the body of a causal LM, without memory for its weights.
+
+    Raises:
+        RecipeError: transformers has no such classifier, or one whose head is not a linear layer called `score`.
+    """
+    config = copy.deepcopy(config)
+    config.num_labels, config.use_cache = 1, True
+    model = None
+    if type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        with torch.device("meta"):
+            model = AutoModelForSequenceClassification.from_config(config)
+    score = getattr(model, SCORE, None)
+    if model is None or not isinstance(score, nn.Linear) or score.bias is not None:
+        raise RecipeError(
+            f"transformers has no sequence classifier with a `{SCORE}` head for models of type {config.model_type!r}, "
+            "so nobody could load such a reward model",
+            where="model.base",
+            fix="use a base such as Llama, Qwen, Mistral or Gemma",
+        )
+    return model
