@@ -154,13 +154,13 @@ def positions_of_folder(folder: Path) -> int | None:
 
 
 def _positions(config: dict[str, Any]) -> int | None:
-    text = config.get("text_config") or config
+    text = found if isinstance(found := config.get("text_config"), dict) else config
     positions = text.get("max_position_embeddings") or text.get("n_positions")
     if not isinstance(positions, int):
         return None
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
     longest = positions
-    for each in (rope, *rope.values()):  # one for all layers, or one for each type of layer
+    for each in (rope, *rope.values()) if isinstance(rope, dict) else ():  # of all layers, or of each type of layer
         factor = each.get("factor") if isinstance(each, dict) else None
         if isinstance(factor, int | float):
             longest = max(longest, int(factor * (each.get("original_max_position_embeddings") or positions)))

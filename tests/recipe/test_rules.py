@@ -212,6 +212,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
         ({"max_position_embeddings": 300, "rope_parameters": YARN}, 300),
         ({"max_position_embeddings": 64, "rope_parameters": {"full_attention": YARN, "sliding_attention": {}}}, 256),
         ({"max_position_embeddings": 64, "rope_scaling": {"rope_type": "dynamic", "factor": 2}}, 128),
+        ({"max_position_embeddings": 64, "rope_scaling": "none", "text_config": []}, 64),
     ],
 )
 def test_sequences_longer_than_a_folder_was_made_for_are_refused(
