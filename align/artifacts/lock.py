@@ -16,21 +16,27 @@ PATIENCE_SECONDS = 0.5
 """Long enough for `is_locked` to look."""
 
 
+class Busy(LaunchError):
+    """Somebody else holds the lock."""
+
+
 @contextmanager
-def locked(path: Path, what: str) -> Iterator[int]:
+def locked(path: Path, what: str, patience: float = PATIENCE_SECONDS) -> Iterator[int]:
     """Hold a lock file; its text tells who holds it.
 
     Args:
         path: The file. Its holder may delete it, its folder too.
         what: What is being done under the lock, for the message that others get.
+        patience: Seconds to wait for somebody else.
 
     Yields:
         The descriptor. A child process that inherits it holds the lock for as long as it lives.
 
     Raises:
-        LaunchError: Somebody else has it, or the file system has no locks.
+        Busy: Somebody else has it.
+        LaunchError: The file system has no locks.
     """
-    descriptor = _take(path)
+    descriptor = _take(path, patience)
     try:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()} {socket.gethostname()} {what}\n".encode(), 0)
@@ -54,8 +60,8 @@ def is_locked(path: Path) -> bool:
     return False
 
 
-def _take(path: Path) -> int:
-    end = time.monotonic() + PATIENCE_SECONDS
+def _take(path: Path, patience: float) -> int:
+    end = time.monotonic() + patience
     while True:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -99,10 +105,10 @@ def _is_at(descriptor: int, path: Path) -> bool:
     return (own.st_dev, own.st_ino) == (other.st_dev, other.st_ino)
 
 
-def _busy(holder: str, path: Path) -> LaunchError:
+def _busy(holder: str, path: Path) -> Busy:
     pid, host, what = [*holder.strip().split(" ", 2), "", "", ""][:3]
     there = f" on {host}" if host and host != socket.gethostname() else ""
-    return LaunchError(
+    return Busy(
         f"another `align run` (pid {pid or 'unknown'}{there}) is working on {what or 'this'}",
         where=str(path.parent),
         fix="wait until it is done, or stop it; then run the same command again",

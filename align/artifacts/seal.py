@@ -154,13 +154,13 @@ def _replace(temporary: Path, final: Path) -> None:
         raise ArtifactError("there is a verified folder of this name already", where=str(final))
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Replace a text file (UTF-8) so that a reader, or a crash at any moment, sees the old or the new one whole.
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Replace a file (text as UTF-8) so that a reader, or a crash at any moment, sees the old or the new one whole.
 
     Raises:
         ArtifactError: The disk is full; the old file is untouched.
     """
-    data = text.encode()
+    data = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     with told_when_full(path, needed=len(data)):
         try:

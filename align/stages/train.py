@@ -29,10 +29,10 @@ from align.spec.model import ModelSettings
 from align.spec.stages import PolicyStage, Referenced, TrainedStage
 from align.stages import start
 from align.stages.finish import publish_policy
+from align.stages.reference import find_references, read_second_copy
 from align.training import collectives
 from align.training.arguments import deepspeed_config, training_arguments
 from align.training.distributed import process_group
-from align.training.reference import reference_logps
 from align.training.schedule import Schedule
 from align.training.step import Step
 from align.training.trainer import AlignTrainer
@@ -77,7 +77,8 @@ def run(job: Job, settings: TrainedStage, store: Store, report: Any) -> None:
         if settings.train.validation:
             examples, validation = split_validation(examples, settings.train.validation.fraction, settings.train.seed)
         step = Step(method, settings, settings.train.pack_tokens)
-        _foreign_reference(job, settings, store, {"train": examples, "validation": validation}, work)
+        asked = {"train": examples, "validation": validation}
+        references = read_second_copy(job, settings, store, asked, report)
         schedule = Schedule.of(settings.train, len(examples))
         args = training_arguments(
             settings.train,
@@ -91,6 +92,7 @@ def run(job: Job, settings: TrainedStage, store: Store, report: Any) -> None:
             run_name=f"{job.recipe}/{job.stage}",
         )
         opened = _open(job, settings, store, tokenizer)
+        references = references or find_references(job, settings, store, opened.begin, asked)
         trainer = AlignTrainer(
             opened.roles,
             args,
@@ -99,6 +101,7 @@ def run(job: Job, settings: TrainedStage, store: Store, report: Any) -> None:
             examples=examples,
             validation=validation,
             validation_settings=settings.train.validation,
+            references=references,
             reference_role=opened.reference_role,
             same_reference=opened.same_reference,
             work=work,
@@ -238,25 +241,3 @@ def _no_dropout(base: nn.Module) -> None:
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
             setattr(module, "attention_dropout", 0.0)  # noqa: B010
-
-
-def _foreign_reference(
-    job: Job, settings: TrainedStage, store: Store, sets: dict[str, Sequence[Example]], work: Path
-) -> None:
-    """Full fine-tuning against another stage than the one it starts from: a second copy, read once and freed.
-
-    It runs before the trainer exists, so that ZeRO-3 does not take this copy apart as well.
-    """
-    if not isinstance(settings, PolicyStage) or not isinstance(settings, Referenced):
-        return
-    assert job.model is not None
-    reference, begin = start.of_reference(job, settings, store), start.of_policy(job, settings, store)
-    if job.model.adapter != "none" or reference.base == begin.base:
-        return
-    base = load_base(reference.base, dtype=job.model.dtype, revision=reference.revision).eval()
-    roles = RoleModel(base)
-    roles.add_base_role("reference")
-    for name, examples in sets.items():
-        if examples:
-            cache = work / f"reference-{name}.safetensors"
-            reference_logps(roles, "reference", examples, settings.train.pack_tokens, cache)

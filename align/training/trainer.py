@@ -31,7 +31,7 @@ from align.training import checkpoint as ckpt
 from align.training import collectives
 from align.training.guards import FiniteGradients, StopRequest
 from align.training.metrics import MetricsFile
-from align.training.reference import reference_logps, starting_kl
+from align.training.reference import References, starting_kl
 from align.training.schedule import Schedule, StepDataset
 from align.training.step import Reference, Step, Totals, pooled_means, scaled_loss
 
@@ -71,6 +71,7 @@ class AlignTrainer(Trainer):
         examples: Training examples, the same list on every rank.
         validation: Held-out examples, maybe none.
         validation_settings: When they are looked at and what follows.
+        references: What is known of the reference's log-probabilities of these examples.
         reference_role: Role of the frozen reference, `policy` where the policy is its own reference at step 0 (full
             fine-tuning), or None where the method reads none.
         same_reference: Whether policy and reference start as the same stage, and so must agree.
@@ -89,6 +90,7 @@ class AlignTrainer(Trainer):
         examples: Sequence[Example],
         validation: Sequence[Example] = (),
         validation_settings: ValidationSettings | None = None,
+        references: References | None = None,
         reference_role: str | None = None,
         same_reference: bool = False,
         work: Path,
@@ -101,7 +103,7 @@ class AlignTrainer(Trainer):
             self.remove_callback(callback)
         self.step, self.examples, self.validation = step, examples, validation
         self.validation_settings = validation_settings
-        self.reference_role, self.same_reference = reference_role, same_reference
+        self.reference_rows, self.reference_role, self.same_reference = references, reference_role, same_reference
         self.metrics_file = MetricsFile(work / "metrics.jsonl")
         self.work, self.keep_checkpoints, self.report = work, keep_checkpoints, report or Silent()
         self.resumed_from_step = 0
@@ -188,14 +190,18 @@ class AlignTrainer(Trainer):
     def _prepare_references(self, model: nn.Module, *, fresh: bool) -> None:
         if self.reference_role is None:
             return
-        sets = {"train": self.examples, "validation": self.validation}
-        for name, examples in sets.items():
-            if examples:
-                self.report(0, self.state.max_steps or 0, f"reference log-probs of {len(examples)} {name} examples")
-                cache = self.work / f"reference-{name}.safetensors"
-                self.references[name] = reference_logps(
-                    model, self.reference_role, examples, self.step.pack_tokens, cache
-                )
+        assert self.reference_rows is not None
+        self.reference_rows.compute(
+            model,
+            self.reference_role,
+            pack_tokens=self.step.pack_tokens,
+            packing=self.step.packing,
+            tell=lambda message: self.report(0, self.state.max_steps or 0, message),
+            stop=lambda: self.stop_request.received is not None,
+        )
+        if self.reference_rows.missing:
+            raise Preempted(self.resumed_from_step)
+        self.references = {name: self.reference_rows.totals(name) for name in self.reference_rows.sets}
         if fresh:
             few = slice(0, 16)
             kl = starting_kl(
@@ -203,10 +209,11 @@ class AlignTrainer(Trainer):
                 self.examples[few],
                 self.references["train"][few],
                 pack_tokens=self.step.pack_tokens,
+                packing=self.step.packing,
                 same=self.same_reference,
                 dtype=torch.bfloat16 if self.args.bf16 else torch.float32,
             )
-            self._write({"step": 0, "start/log_ratio": kl})
+            self._write({"step": 0, **self.reference_rows.cost.metrics(), "start/log_ratio": kl})
 
     # --- one optimizer step ---------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ import torch
 
 from align.data.chat import Completion, Example
 from align.logps import head
+from align.logps.cache import RowCache
 from align.methods import get_method
 from align.models import load_base, new_base, train_tokenizer
 from align.models.platform import prepare_process
@@ -18,6 +19,7 @@ from align.models.roles import RoleModel
 from align.spec.model import Architecture, LoraSettings, TokenizerSettings
 from align.spec.train import LaunchSettings, LoggingSettings, TrainSettings
 from align.training.arguments import deepspeed_config, training_arguments
+from align.training.reference import References
 from align.training.schedule import Schedule
 from align.training.step import Step
 from align.training.trainer import AlignTrainer
@@ -73,6 +75,8 @@ class Run:
     learning_rate: float = 1e-2
     scheduler: str = "constant"
     tile_elements: int = 2**24
+    reference_rows: Path | None = None
+    """Where the reference's rows are kept; in the work folder if absent."""
     parameter_hook: Any = None
     """Called with (trainer, rank) before the run; tests inject faults here."""
 
@@ -108,10 +112,14 @@ class Run:
         else:
             roles.train_base()
             role = "policy" if method.reference else None
+        references = None
+        if method.reference:
+            cache = RowCache(self.reference_rows or self.work / "reference")
+            references = References({"train": examples, "validation": held_out}, cache)
         return AlignTrainer(
             roles, args, step=Step(method, config_of(method), self.pack_tokens), schedule=schedule, examples=examples,
-            validation=held_out, validation_settings=settings.validation, reference_role=role, same_reference=True,
-            work=self.work,
+            validation=held_out, validation_settings=settings.validation, references=references, reference_role=role,
+            same_reference=True, work=self.work,
         )  # fmt: skip
 
 
