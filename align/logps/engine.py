@@ -1,8 +1,8 @@
 """Which packing a model gets: measured on CPU, proven on the model itself before the first step.
 
-The rule: a prompt is shared by its completions where the model can (ordinary attention in every layer) and nothing
-random stands in the way (dropout draws other numbers for a token that is there once); otherwise completions stand in
-padded rows of their own, which any model computes. `python -m bench.preference` measures both.
+The rule: a prompt is shared by its completions where the model can (ordinary attention in every layer). Dropout draws
+anew for every copy of a token, so with dropout each completion has its own copy of the prompt, still without padding.
+Models with other layers get padded rows, which any model computes. `python -m bench.preference` measures all three.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ def choose_packing(causal_lm: Any, *, dropout: bool, wanted: Literal["auto", "ro
     if wanted == "rows":
         return "rows"
     reason = why_not_flat(causal_lm.config) or _prove(causal_lm)
-    if reason is None and dropout and wanted != "flat":
-        reason = "adapters have dropout, which draws anew for every copy of a prompt"
-    if reason is None:
-        return "flat" if wanted == "flat" else "shared"
-    logger.info("completions stand in padded rows of their own: %s", reason)
-    return "rows"
+    if reason is not None:
+        logger.info("completions stand in padded rows of their own: %s", reason)
+        return "rows"
+    if dropout and wanted != "flat":
+        logger.info("no prompt is shared: adapters have dropout, which draws anew for every copy of a token")
+    return "flat" if dropout or wanted == "flat" else "shared"
 
 
 @torch.no_grad()
