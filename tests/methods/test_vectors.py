@@ -26,7 +26,8 @@ def paired(inputs) -> PairedLogps:
         return [Logps(as64(f"{who}_{side}_logps"), length) for side, length in sides]
 
     weight = torch.ones(n, dtype=torch.float64)
-    return PairedLogps(*rows("policy"), weight, PairedLogps(*rows("ref"), weight))
+    frozen = PairedLogps(*rows("ref"), weight) if "ref_chosen_logps" in inputs else None
+    return PairedLogps(*rows("policy"), weight, frozen)
 
 
 def tokens(rows: list[list[float]]) -> TokensLogps:

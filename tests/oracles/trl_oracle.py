@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from datasets import Dataset
@@ -12,7 +14,7 @@ from align.logps import completion_logps
 from align.methods import get_method
 from align.models import train_tokenizer
 from align.spec.model import TokenizerSettings
-from align.training.step import Step, scaled_loss
+from align.training.step import Step, Totals, scaled_loss
 from tests.methods.batches import config_of
 
 trl = pytest.importorskip("trl", reason="TRL is an extra: pip install align[trl]")
@@ -39,7 +41,7 @@ def tiny(tokenizer, seed: int) -> LlamaForCausalLM:
 
 
 def ours(kind: str, policy, reference, examples, pack_tokens: int, **settings):
-    """Loss and gradients through packs, terms and the exact reduction."""
+    """Loss and gradients through packs, statistics, terms and the exact reduction."""
     method = get_method(kind)
     step = Step(method, config_of(method, **settings), pack_tokens)
     call = lambda model: lambda role, function, *args: function(model, *args)  # noqa: E731
@@ -50,38 +52,23 @@ def ours(kind: str, policy, reference, examples, pack_tokens: int, **settings):
             "Roles", (), {"parameters": reference.parameters, "__call__": lambda s, *a: call_reference(*a)}
         )()
         references = completion_logps(wrapped, "reference", examples, pack_tokens)
-    packs = step.packs(examples)
+    packs, statistic = step.packs(examples), Totals()
     weights = step.weights(examples, packs)
+    with torch.no_grad():
+        for pack in step.mismatched(examples):
+            statistic.add(step.statistics(call(policy), pack, examples, references))
+    statistics = {name: torch.tensor(value / weight) for name, (value, weight) in statistic.numbers().items()}
     policy.zero_grad()
     loss = 0.0
     for pack in packs:
-        share = scaled_loss(step.terms(call(policy), pack, examples, references), weights)
+        share = scaled_loss(step.terms(call(policy), pack, examples, references, statistics), weights)
         share.backward()
         loss += share.item()
     return loss, torch.cat([p.grad.flatten() for p in policy.parameters()]), len(packs)
 
 
-def arguments(cls, tmp_path, **extra):
-    return cls(
-        output_dir=str(tmp_path), use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none",
-        per_device_train_batch_size=len(PAIRS), max_length=None, disable_tqdm=True, **extra,
-    )  # fmt: skip
-
-
-def assert_pairs_equal_trl(tmp_path, kind: str, loss_type: str, settings: dict, pack_tokens: int) -> None:
-    """Loss to 1e-5 and gradients to 1e-4 relative of TRL's DPOTrainer with that `loss_type`."""
-    tokenizer = small_tokenizer()
-    policy, reference = tiny(tokenizer, 0), tiny(tokenizer, 1)
-    args = arguments(trl.DPOConfig, tmp_path, loss_type=loss_type, beta=next(iter(settings.values())))
-    trainer = trl.DPOTrainer(
-        model=policy, ref_model=reference, args=args, train_dataset=Dataset.from_list(PAIRS), processing_class=tokenizer
-    )
-    rows = list(trainer.train_dataset)
-    completion = lambda ids: Completion(list(ids), [True] * len(ids), False)  # noqa: E731
-    examples = [
-        Example(i, list(r["prompt_ids"]), (completion(r["chosen_ids"]), completion(r["rejected_ids"])), 1.0)
-        for i, r in enumerate(rows)
-    ]
+def assert_equal(trainer, rows, policy, reference, kind: str, examples, pack_tokens: int, settings: dict) -> None:
+    """Loss to 1e-5 and gradients to 1e-4 relative of a trainer of TRL on the same rows."""
     policy.eval()
     expected = trainer.compute_loss(policy, trainer.data_collator(rows))
     policy.zero_grad()
@@ -91,6 +78,89 @@ def assert_pairs_equal_trl(tmp_path, kind: str, loss_type: str, settings: dict, 
     assert packs > 1 or pack_tokens > 1000
     assert loss == pytest.approx(expected.item(), abs=1e-5)
     assert (own - gradient).norm() / gradient.norm() < 1e-4
+
+
+def completion(ids) -> Completion:
+    return Completion(list(ids), [True] * len(ids), False)
+
+
+def arguments(cls, tmp_path, **extra):
+    return cls(
+        output_dir=str(tmp_path), use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none",
+        per_device_train_batch_size=len(PAIRS), max_length=None, disable_tqdm=True, **extra,
+    )  # fmt: skip
+
+
+def assert_pairs_equal_trl(
+    tmp_path, kind: str, loss_type: str, settings: dict, pack_tokens: int, **trl_settings
+) -> None:
+    """TRL's DPOTrainer with that `loss_type`; the first of our settings is its beta."""
+    tokenizer = small_tokenizer()
+    policy, reference = tiny(tokenizer, 0), tiny(tokenizer, 1)
+    beta = next(iter(settings.values()))
+    args = arguments(trl.DPOConfig, tmp_path, loss_type=loss_type, beta=beta, **trl_settings)
+    trainer = trl.DPOTrainer(
+        model=policy, ref_model=reference, args=args, train_dataset=Dataset.from_list(PAIRS), processing_class=tokenizer
+    )
+    rows = list(trainer.train_dataset)
+    examples = [
+        Example(i, list(r["prompt_ids"]), (completion(r["chosen_ids"]), completion(r["rejected_ids"])), 1.0)
+        for i, r in enumerate(rows)
+    ]
+    assert_equal(trainer, rows, policy, reference, kind, examples, pack_tokens, settings)
+
+
+def assert_free_pairs_equal_trl(
+    tmp_path, kind: str, name: str, settings: dict, pack_tokens: int, **trl_settings
+) -> None:
+    """An experimental trainer of TRL without a reference, on rows whose two completions share their prompt's ids."""
+    module = importlib.import_module(f"trl.experimental.{name.lower()}")
+    config, trainer = getattr(module, f"{name}Config"), getattr(module, f"{name}Trainer")
+    tokenizer = small_tokenizer()
+    policy = tiny(tokenizer, 0)
+    built = trainer(
+        model=policy, args=arguments(config, tmp_path, **trl_settings), train_dataset=Dataset.from_list(PAIRS),
+        processing_class=tokenizer,
+    )  # fmt: skip
+    rows, examples = [], []
+    for i, pair in enumerate(PAIRS):
+        prompt = tokenizer(pair["prompt"])["input_ids"]
+        sides = {side: tokenizer(pair[side])["input_ids"] + [tokenizer.eos_token_id] for side in ("chosen", "rejected")}
+        row = dict(pair) | _columns("prompt", prompt)
+        for side, ids in sides.items():
+            row |= _columns(side, prompt + ids) | {f"{side}_labels": [-100] * len(prompt) + ids}
+        rows.append(row)
+        examples.append(Example(i, prompt, tuple(completion(ids) for ids in sides.values()), 1.0))
+    assert_equal(built, rows, policy, None, kind, examples, pack_tokens, settings)
+
+
+def _columns(name: str, ids: list[int]) -> dict:
+    return {f"{name}_input_ids": ids, f"{name}_attention_mask": [1] * len(ids)}
+
+
+def assert_unpaired_equals_trl(tmp_path, kind: str, settings: dict, pack_tokens: int, **trl_settings) -> None:
+    """TRL's KTOTrainer, with its own mismatched completions."""
+    tokenizer = small_tokenizer()
+    policy, reference = tiny(tokenizer, 0), tiny(tokenizer, 1)
+    data = [
+        {"prompt": pair["prompt"], "completion": pair[side], "label": side == "chosen"}
+        for side in ("chosen", "rejected")
+        for pair in PAIRS
+    ][:5]
+    args = arguments(trl.KTOConfig, tmp_path, **trl_settings)
+    args.per_device_train_batch_size = len(data)
+    trainer = trl.KTOTrainer(
+        model=policy, ref_model=reference, args=args, train_dataset=Dataset.from_list(data), processing_class=tokenizer
+    )
+    rows = list(trainer.train_dataset)
+    examples = [
+        Example(
+            i, list(r["prompt_ids"]), (completion(r["completion_ids"]), completion(r["KL_completion_ids"])), 1.0,
+            scores=(float(r["label"]),),
+        )
+        for i, r in enumerate(rows)
+    ]  # fmt: skip
+    assert_equal(trainer, rows, policy, reference, kind, examples, pack_tokens, settings)
 
 
 def assert_sft_equals_trl(tmp_path, pack_tokens: int) -> None:
@@ -107,14 +177,5 @@ def assert_sft_equals_trl(tmp_path, pack_tokens: int) -> None:
     for i, row in enumerate(rows):
         start = next(t for t, label in enumerate(row["labels"]) if label != -100)
         ids = list(row["input_ids"])
-        completion = Completion(ids[start:], [True] * (len(ids) - start), False)
-        examples.append(Example(i, ids[:start], (completion,), 1.0))
-    policy.eval()
-    batch = trainer.data_collator(rows)
-    expected = trainer.compute_loss(policy, batch)
-    policy.zero_grad()
-    expected.backward()
-    gradient = torch.cat([p.grad.flatten() for p in policy.parameters()])
-    loss, own, _ = ours("sft", policy, None, examples, pack_tokens)
-    assert loss == pytest.approx(expected.item(), abs=1e-5)
-    assert (own - gradient).norm() / gradient.norm() < 1e-4
+        examples.append(Example(i, ids[:start], (completion(ids[start:]),), 1.0))
+    assert_equal(trainer, rows, policy, None, "sft", examples, pack_tokens, {})
