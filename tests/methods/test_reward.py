@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import defaultdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -80,6 +82,29 @@ def looped(batch: RankedRewards, config: Reward) -> float:
 def test_against_loops(margin, centring):
     batch, config = random_rewards(9, 0), Reward(data="d", margin=margin, centring=centring)
     assert reward_loss(batch, config).loss.item() == pytest.approx(looped(batch, config), rel=1e-9)
+
+
+@pytest.mark.parametrize(("margin", "centring"), [("none", 0.0), ("column", 0.0), ("column", 0.01)])
+def test_against_trl(margin, centring):
+    """Its trainer's loss on given rewards of pairs, with gradients."""
+    trl = pytest.importorskip("trl", reason="TRL is an extra: pip install align[trl]")
+    g = torch.Generator().manual_seed(0)
+    rewards = torch.randn(2, 5, generator=g, dtype=torch.float64, requires_grad=True)
+    extra = torch.rand(5, generator=g, dtype=torch.float64)
+    gathered = SimpleNamespace(gather=lambda t: t, gather_for_metrics=lambda t: t)
+    trainer = SimpleNamespace(
+        model=SimpleNamespace(training=False), _metrics={"eval": defaultdict(list)}, _total_train_tokens=0,
+        accelerator=gathered, args=SimpleNamespace(center_rewards_coefficient=centring or None),
+    )  # fmt: skip
+    inputs = {"margin": extra} if margin == "column" else {}
+    logits = SimpleNamespace(logits=rewards.flatten()[:, None])
+    expected = trl.RewardTrainer.compute_loss(trainer, lambda **_: logits, inputs)
+    wanted = torch.autograd.grad(expected, rewards)[0]
+    owner, scores = torch.arange(5).repeat_interleave(2), torch.tensor([1.0, 0.0]).repeat(5)
+    batch = RankedRewards(rewards.T.reshape(-1), scores, owner, torch.ones(5), extra)
+    loss = reward_loss(batch, Reward(data="d", margin=margin, centring=centring)).loss
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    torch.testing.assert_close(torch.autograd.grad(loss, rewards)[0], wanted)
 
 
 def test_without_margin_and_centring_a_shift_of_all_rewards_changes_nothing():

@@ -244,7 +244,7 @@ def test_a_byte_order_mark_and_windows_line_ends_are_fine(tmp_path: Path) -> Non
             "14: stages.dpo.train.beta: unknown key `beta` here; it is a setting of `stages.dpo`",
             "",
         ),
-        ("beta: 0.1", "loss_on: all", "14: stages.dpo.loss_on: `dpo` takes no `loss_on`; `sft` would", ""),
+        ("beta: 0.1", "loss_on: all", "14: stages.dpo.loss_on: `dpo` takes no `loss_on`; `orpo`, `sft` would", ""),
         ("path: pairs.jsonl,", "path: pairs.jsonl, hub: x,", "5: data.pairs.hub: `path` takes no `hub`", ""),
         ("beta: 0.1", "bogus: 0.1", "14: stages.dpo.bogus: unknown key `bogus`", "known here: `reference`, `train`,"),
         ("{kind: sft,", "{kind:sft,", "8: no space after the colon in `kind:sft`", "write `kind: sft`"),
@@ -310,7 +310,7 @@ def test_a_byte_order_mark_and_windows_line_ends_are_fine(tmp_path: Path) -> Non
         ("name: demo\n", "", "1: `name` is missing", "add `name:` with text"),
         ("path: pairs.jsonl, ", "", "5: data.pairs: one of `path`, `hub` or `generator` is missing", ""),
         ("kind: sft, ", "", "8: stages.sft: `kind` is missing", "add `kind:`, one of `dpo`,"),
-        ("kind: sft", "kind: rlhf", '8: stages.sft.kind: there is no kind "rlhf"', "write one of `dpo`,"),
+        ("kind: sft", "kind: other", '8: stages.sft.kind: there is no kind "other"', "write one of `dpo`,"),
         ("{kind: sft, data: corpus}", "", "8: stages.sft: must be a mapping, not empty", ""),
     ],
 )
