@@ -181,12 +181,15 @@ def gc(
     recipes: Annotated[
         list[Path] | None, typer.Argument(metavar="[RECIPE]...", help="Also keep what these make.", show_default=False)
     ] = None,
+    references: Annotated[
+        bool, typer.Option("--references", help="Also drop all reference log-probs; runs compute them again.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would go.")] = False,
 ) -> None:
     """Remove artifacts that no run folder and no given recipe points to."""
     from align.runner.collect import collect
 
-    collect(recipes or (), console=_console(), dry_run=dry_run)
+    collect(recipes or (), console=_console(), references=references, dry_run=dry_run)
 
 
 @app.command()

@@ -4,7 +4,7 @@
 
 - `policy.json`: the key spelled out, and the artifacts that the policy is made of, each with the hash of its seal;
 - `rows-<hash>.safetensors`: shards, written and read by `align.logps.cache`;
-- `users/<fingerprint>`: how many rows a stage asked for, once all of them were there.
+- `complete/<id>`: how many rows a stage asked for, once all of them were there; `align.recipe.reference` has the id.
 
 Names of stages are in no key. A policy that was trained again under the same fingerprint has other bits, and so another
 key; what was taken under the old one is dropped by `align gc`.
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError
 
-from align.artifacts.seal import SEAL, read_seal, verify_once, write_atomic
+from align.artifacts.seal import SEAL, folder_bytes, read_seal, verify_once, write_atomic
 from align.errors import ArtifactError, LaunchError
 from align.recipe.digest import MODEL_FILES, Digests, digest_of
 from align.spec.base import Settings
@@ -29,7 +29,7 @@ ENGINE = 1
 
 LOCK = ".lock"
 POLICY = "policy.json"
-USERS = "users"
+COMPLETE = "complete"
 KEY_DIGITS = 32
 
 
@@ -99,16 +99,18 @@ class ReferenceCaches:
                 ) from None
         return folder
 
-    def users(self, owner: str) -> dict[str, int]:
-        """Fingerprint of every stage whose rows under the policy of `owner` are all there -> how many they are.
+    def complete(self, owner: str) -> dict[str, int]:
+        """What was asked for of the policy of `owner` and is all there: `rows_id` -> number of rows.
 
         Nothing is verified: this is for a plan.
         """
         found: dict[str, int] = {}
         for folder in self.folders():
             policy = _read(folder)
-            if policy is not None and owner in policy.owners and self._intact(policy.owners[owner]):
-                found |= dict(_users(folder))
+            if policy is None or owner not in policy.owners or policy.key.engine != ENGINE:
+                continue
+            if self._intact(policy.owners[owner]):
+                found |= dict(_complete(folder))
         return found
 
     def unneeded(self, needed: Callable[[str], bool]) -> Iterator[Path]:
@@ -127,6 +129,11 @@ class ReferenceCaches:
         """The folder of every policy, half-removed ones too."""
         return sorted(p for p in self.folder.iterdir() if p.is_dir()) if self.folder.is_dir() else []
 
+    @property
+    def bytes(self) -> int:
+        """Size of all of them."""
+        return folder_bytes(self.folder)
+
     def _intact(self, seals: Mapping[str, str]) -> bool:
         """Whether these artifacts are there, with the content they had."""
         try:
@@ -135,10 +142,10 @@ class ReferenceCaches:
             return False
 
 
-def keep_user(folder: Path, fingerprint: str, rows: int) -> None:
+def keep_complete(folder: Path, rows_id: str, rows: int) -> None:
     """Note that every row a stage asked for is there."""
-    (folder / USERS).mkdir(exist_ok=True)
-    write_atomic(folder / USERS / fingerprint, str(rows))
+    (folder / COMPLETE).mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / COMPLETE / rows_id, str(rows))
 
 
 def remove_cache(folder: Path) -> None:
@@ -182,7 +189,7 @@ def _read(folder: Path) -> PolicyFile | None:
         return None
 
 
-def _users(folder: Path) -> Iterator[tuple[str, int]]:
-    for path in (folder / USERS).iterdir() if (folder / USERS).is_dir() else ():
+def _complete(folder: Path) -> Iterator[tuple[str, int]]:
+    for path in (folder / COMPLETE).iterdir() if (folder / COMPLETE).is_dir() else ():
         with suppress(OSError, ValueError):
             yield path.name, int(path.read_text())

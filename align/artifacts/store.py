@@ -4,6 +4,7 @@ Under its home, NAME standing for the first 16 digits of a fingerprint:
 
 - `artifacts/NAME/` is sealed; a folder whose name starts with a dot is still being written.
 - `work/NAME/` has checkpoints, log and lock of a stage that is not finished.
+- `cache/reference/` has reference log-probabilities by policy, see `align.artifacts.reference`.
 - `damaged/` has what did not verify, for a look until the next collection.
 """
 
@@ -25,6 +26,8 @@ from pydantic import ValidationError
 
 from align.artifacts.lock import is_locked, locked
 from align.artifacts.manifest import Manifest
+from align.artifacts.reference import LOCK as CACHE_LOCK
+from align.artifacts.reference import ReferenceCaches, remove_cache
 from align.artifacts.seal import SEAL, folder_bytes, publish, read_seal, verify_once, write_atomic
 from align.errors import ArtifactError, LaunchError
 
@@ -34,7 +37,7 @@ MANIFEST = "manifest.json"
 LOCK = "stage.lock"
 NAME_DIGITS = 16
 
-What = Literal["artifact", "work", "temporary", "damaged"]
+What = Literal["artifact", "work", "temporary", "reference", "damaged"]
 PARENTS: dict[What, str] = {"artifact": "artifacts", "work": "work", "damaged": "damaged"}
 
 
@@ -69,6 +72,7 @@ class Store:
 
     def __init__(self, home: Path | None = None) -> None:
         self.home = Path(home or os.environ.get("ALIGN_HOME") or "~/.align").expanduser().absolute()
+        self.references = ReferenceCaches(self.home)
 
     def find(self, fingerprint: str) -> Artifact | None:
         """The artifact, verified, or None.
@@ -162,14 +166,16 @@ class Store:
         with locked(self.work(fingerprint) / LOCK, f"stage {stage}" if stage else "this stage"):
             yield
 
-    def collect(self, keep: set[str], *, dry_run: bool = False) -> list[Removed]:
+    def collect(self, keep: set[str], *, references: bool = False, dry_run: bool = False) -> list[Removed]:
         """Remove what is neither kept nor in use.
 
         Kept are the artifacts and unfinished stages of these fingerprints and of every stage that is locked now, the
-        inputs of locked stages, and the bases that kept adapters stand on.
+        inputs of locked stages, the bases that kept adapters stand on, and reference log-probabilities of policies that
+        are kept.
 
         Args:
             keep: Fingerprints, or artifact names (their first 16 digits).
+            references: Remove the reference log-probabilities of kept policies too.
             dry_run: Only tell.
         """
         busy = {folder.name for folder in self._folders("work") if _is_busy(folder)}
@@ -182,7 +188,8 @@ class Store:
                 name, leftover = folder.name.lstrip(".").split(".")[0], folder.name.startswith(".")
                 if what == "damaged" or name not in (busy if leftover else needed):
                     removed += self._collected(folder, "temporary" if leftover else what, name, dry_run)
-        return removed
+        caches = self.references.folders() if references else self.references.unneeded(needed.__contains__)
+        return [*removed, *(each for folder in caches for each in self._collected_cache(folder, dry_run))]
 
     def _collected(self, folder: Path, what: What, name: str, dry_run: bool) -> list[Removed]:
         """Remove one folder under the lock of its stage; nothing if somebody took that in the meantime."""
@@ -200,6 +207,17 @@ class Store:
                     _remove(self.home / "work" / name)
         except LaunchError:
             return []
+        return [removed]
+
+    def _collected_cache(self, folder: Path, dry_run: bool) -> list[Removed]:
+        """Remove the rows of one policy, unless somebody is adding to them."""
+        removed = Removed(folder, folder_bytes(folder), "reference")
+        if not dry_run:
+            try:
+                with locked(folder / CACHE_LOCK, "garbage collection"):
+                    remove_cache(folder)
+            except LaunchError:
+                return []
         return [removed]
 
     def _bases(self, name: str) -> Iterator[str]:

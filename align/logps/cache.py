@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError
 
 from align.artifacts.lock import locked
-from align.artifacts.reference import LOCK, keep_user
+from align.artifacts.reference import LOCK, keep_complete
 from align.artifacts.seal import write_atomic
 from align.data.chat import Example
 from align.logps.head import token_logps
@@ -125,9 +125,9 @@ class RowCache:
         for path in self.folder.glob("." + SHARD.format("*")):
             path.unlink(missing_ok=True)
 
-    def keep_user(self, fingerprint: str, rows: int) -> None:
+    def keep_complete(self, rows_id: str, rows: int) -> None:
         """Note that every row a stage asked for is there."""
-        keep_user(self.folder, fingerprint, rows)
+        keep_complete(self.folder, rows_id, rows)
 
     def _name(self, content: bytes) -> str:
         seen = hashlib.sha256(self.folder.name.encode())

@@ -6,7 +6,7 @@ Read from settings, file sizes and headers only: no tokenizer, no model, nothing
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -16,15 +16,17 @@ from rich.table import Table
 
 from align.methods import get_method
 from align.methods.pretrain import Pretrain
+from align.recipe.digest import Digests
 from align.recipe.graph import Graph, Node
 from align.recipe.memory import ADAM_BYTES, MASTER_BYTES, Parts, generation_memory, training_memory
+from align.recipe.reference import ReferenceNode, reference_nodes
 from align.recipe.references import references
 from align.recipe.rows import count_rows
 from align.recipe.sizes import ModelSize, cached_folder, size_of_architecture, size_of_folder
 from align.recipe.sources import base_folder
 from align.spec.base import StageRef
 from align.spec.model import LoraSettings, ModelSettings
-from align.spec.stages import CompareStage, Referenced, TrainedStage
+from align.spec.stages import CompareStage, Referenced, TrainedStage, reference_of
 from align.types import Batch
 
 GIB = 2**30
@@ -73,10 +75,11 @@ class PlanRow:
 
 @dataclass(frozen=True)
 class Plan:
-    """The stages of a recipe in the order they run."""
+    """The stages of a recipe in the order they run, and the reference log-probabilities that they share."""
 
     rows: tuple[PlanRow, ...]
     notes: tuple[str, ...] = ()
+    references: tuple[ReferenceNode, ...] = ()
 
     @property
     def disk_needed(self) -> int:
@@ -90,6 +93,8 @@ def make_plan(
     store_find: Callable[[str], bool],
     resumes_at: Callable[[str], int | None] = lambda fingerprint: None,
     *,
+    kept_references: Callable[[str], Mapping[str, int]] = lambda fingerprint: {},
+    digests: Digests | None = None,
     compute_bytes: int | None = None,
 ) -> Plan:
     """Plan every stage of a graph.
@@ -98,6 +103,8 @@ def make_plan(
         graph: The recipe.
         store_find: Whether the store has the artifact of a fingerprint.
         resumes_at: Step of the newest checkpoint of a fingerprint; None if there is none.
+        kept_references: What the store has of a policy's log-probabilities: `rows_id` -> number of rows.
+        digests: Of data files.
         compute_bytes: Bytes of a number where `dtype` is auto; this machine's choice if absent.
     """
     planner = _Planner(graph, compute_bytes or _auto_bytes())
@@ -106,7 +113,12 @@ def make_plan(
         step = resumes_at(node.fingerprint)
         state: Literal["reuse", "resume", "run"] = "resume" if step is not None else "run"
         rows.append(planner.row(node, "reuse" if store_find(node.fingerprint) else state, step or 0))
-    return Plan(tuple(rows), tuple(f"{name}: {why}" for name, why in graph.unresolved.items()))
+    finished = {row.stage: row.state == "reuse" for row in rows}
+    policies = {name for node in graph.nodes.values() if (name := reference_of(node.stage)) is not None}
+    kept = {name: kept_references(graph.nodes[name].fingerprint) for name in policies}
+    shared = reference_nodes(graph, finished, kept, digests or Digests(graph.loaded.folder))
+    notes = tuple(f"{name}: {why}" for name, why in graph.unresolved.items())
+    return Plan(tuple(rows), notes, tuple(shared))
 
 
 def _auto_bytes() -> int:
@@ -299,7 +311,11 @@ def plan_table(plan: Plan) -> Table:
     )
     table.add_column("disk", _size(plan.disk_needed), justify="right")
     table.add_column("", overflow="fold")
+    waiting = list(plan.references)
     for row in plan.rows:
+        for node in [each for each in waiting if row.stage in each.users]:
+            table.add_row(node.name, "reference", node.state, _reference_rows(node), "", "", node.note)
+            waiting.remove(node)
         state = f"resume at {row.resume_step}" if row.state == "resume" else row.state
         table.add_row(
             row.stage, row.kind, state, _steps(row), _size(row.total_memory), _size(row.disk), "\n".join(row.notes)
@@ -307,6 +323,12 @@ def plan_table(plan: Plan) -> Table:
     for note in plan.notes:
         table.add_row("", "", "", "", "", "", note)
     return table
+
+
+def _reference_rows(node: ReferenceNode) -> str:
+    if node.rows is None:
+        return "known after data is read"
+    return f"{'≤ ' if node.at_most else ''}{node.rows} rows"
 
 
 def _steps(row: PlanRow) -> str:

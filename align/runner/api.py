@@ -9,6 +9,7 @@ from rich.console import Console
 
 from align.artifacts.store import Store
 from align.recipe import build_graph, load_recipe
+from align.recipe.digest import Digests
 from align.recipe.plan import Plan, make_plan
 from align.recipe.rules import check_rules
 from align.runner.folder import RunFolder
@@ -51,6 +52,8 @@ class Recipe:
             self.graph,
             store_find=lambda fingerprint: store.find(fingerprint) is not None,
             resumes_at=store.resumes_at,
+            kept_references=store.references.complete,
+            digests=Digests(store.home),
         )
 
     def run(self, until: str | None = None, from_: str | None = None, console: Console | None = None) -> RunResult:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from align.artifacts.reference import PolicyKey, ReferenceCaches, tokenizer_digest, weights_digest
+from align.artifacts.reference import PolicyKey, tokenizer_digest, weights_digest
 from align.artifacts.store import Store
 from align.data import Example
 from align.errors import LaunchError
@@ -23,6 +23,7 @@ from align.models.base import load_base
 from align.models.platform import compute_dtype
 from align.models.roles import RoleModel
 from align.recipe.digest import Digests
+from align.recipe.reference import rows_id
 from align.spec.job import Job
 from align.spec.stages import PolicyStage, TrainedStage, reference_of
 from align.stages import start
@@ -51,15 +52,16 @@ def find_references(
     assert isinstance(settings, PolicyStage)
     reference = begin if job.model.merge_parent else start.of_stage(store, job.inputs[name])
     policy = start.of_policy(job, settings, store)
-    folder = None
+    folder, asked = None, ""
     if collectives.rank() == 0:
         digests = Digests(store.home)
         key = policy_key(job, reference, policy, digests)
+        asked = rows_id(settings, job.data[settings.data], Path(job.folder), digests)  # type: ignore[attr-defined]
         digests.save()
-        folder = ReferenceCaches(store.home).open(key, job.inputs[name], _artifacts(store, job.inputs[name]))
+        folder = store.references.open(key, job.inputs[name], _artifacts(store, job.inputs[name]))
     folder = collectives.gather_objects(folder)[0]
     assert folder is not None
-    return References(sets, RowCache(folder), job.fingerprint)
+    return References(sets, RowCache(folder), asked)
 
 
 def read_second_copy(

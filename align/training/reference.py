@@ -94,12 +94,12 @@ class References:
     Args:
         sets: Name of a set (training, validation) -> its examples.
         cache: Rows of the reference that are there already, and where new ones go.
-        user: Fingerprint of the stage, noted in the cache once its rows are all there.
+        rows_id: What the rows are, for a plan: noted in the cache once all of them are there.
     """
 
-    def __init__(self, sets: Mapping[str, Sequence[Example]], cache: RowCache, user: str = "") -> None:
+    def __init__(self, sets: Mapping[str, Sequence[Example]], cache: RowCache, rows_id: str = "") -> None:
         began = time.monotonic()
-        self.sets, self.cache, self.user = sets, cache, user
+        self.sets, self.cache, self.rows_id = sets, cache, rows_id
         self._keys = {name: [row_keys(example) for example in examples] for name, examples in sets.items()}
         self._totals: dict[bytes, float] = {}
         self.missing = {key for keys in self._keys.values() for own in keys for key in own}
@@ -156,8 +156,8 @@ class References:
 
     def _spent(self, began: float) -> None:
         self.cost.seconds += time.monotonic() - began
-        if self.user and not self.missing and collectives.rank() == 0:
-            self.cache.keep_user(self.user, self._wanted)
+        if self.rows_id and not self.missing and collectives.rank() == 0:
+            self.cache.keep_complete(self.rows_id, self._wanted)
 
     # Reading ---------------------------------------------------------------------------------------------------------
 
