@@ -15,7 +15,25 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from align.data.records import BadRow, Conversation, Dropped, Message, Pair, Prompt, Record, Text, before_answer, digest
+from align.data.records import (
+    EMPTY,
+    NO_TARGET,
+    TIED,
+    TOO_FEW,
+    BadRow,
+    Conversation,
+    Dropped,
+    Message,
+    Pair,
+    Prompt,
+    Ranked,
+    Record,
+    Text,
+    Unpaired,
+    before_answer,
+    digest,
+    left_off,
+)
 from align.data.template import ChatTemplate, Piece
 from align.errors import DataError
 
@@ -31,10 +49,10 @@ NEUTRAL = ("\n", "a", ":")
 NO_ROOM = "prompt leaves no room for a completion"
 CUT_AWAY = "completion truncated away"
 EQUAL = "chosen equals rejected after truncation"
+EQUAL_TO_EARLIER = "equals an earlier one after truncation"
 TOO_LONG = "prompt longer than max_tokens"
 CONTROL = "control token in the text"
 REWRITTEN = "answer rewritten by the chat template"
-EMPTY = "empty completion"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +96,18 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """A record as pieces: its prompt, and what follows in each completion. A text is a prompt alone."""
+    """A record as pieces: its prompt, and what follows in each completion. A text is a prompt alone.
+
+    Attributes:
+        scores: One per completion that is a candidate; the rest is a target.
+        left_off: Why candidates are not among the completions.
+    """
 
     record: Record
     prompt: Piece
     completions: tuple[tuple[Piece, ...], ...] = ()
+    scores: tuple[float, ...] = ()
+    left_off: tuple[str, ...] = ()
 
 
 class ChatEncoder:
@@ -92,17 +117,26 @@ class ChatEncoder:
         tokenizer: With a chat template, unless only texts are encoded.
         max_tokens: Longest prompt + completion; longest prompt, for prompts alone.
         loss_on: Whether the assistant's turns are trained, or everything.
+        target: Whether pairs and ranked lists keep their target, and are dropped if they have none.
 
     Raises:
         DataError: The tokenizer has no EOS.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int, loss_on: LossOn = "completion") -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_tokens: int,
+        loss_on: LossOn = "completion",
+        *,
+        target: bool = False,
+    ) -> None:
         if tokenizer.eos_token_id is None:
             raise DataError("the tokenizer has no EOS token, so no completion could end", fix="set its eos_token")
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
         self.loss_on = loss_on
+        self.target = target
         self.noted: Counter[str] = Counter()
         added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
         # A padding token like "!" ends no turn; a text may hold it.
@@ -143,14 +177,42 @@ class ChatEncoder:
             return _Layout(record, Piece(record.text))
         if isinstance(record, Prompt):
             return _Layout(record, self._template.prompt(self._clean(record.messages)))
-        if isinstance(record, Pair):
-            prompt, sides = self._clean(record.prompt), [self._clean(record.chosen), self._clean(record.rejected)]
-        else:
+        if isinstance(record, Conversation):
             messages = self._clean(record.messages)
             prompt = before_answer(messages)
-            sides = [messages[len(prompt) :]]
+            return self._continued(record, prompt, [messages[len(prompt) :]])
+        prompt = self._clean(record.prompt)
+        if isinstance(record, Unpaired):
+            return self._continued(record, prompt, [self._clean(record.completion)], (float(record.label),))
+        target = self._target(record)
+        if isinstance(record, Pair):
+            sides = [self._clean(record.chosen), self._clean(record.rejected), *target]
+            return self._continued(record, prompt, sides, (1.0, 0.0))
+        cleaned = [_outcome(self._clean, response) for response in record.responses]
+        kept = [(each, score) for each, score in zip(cleaned, record.scores, strict=True) if isinstance(each, list)]
+        rules = tuple(each.rule for each in cleaned if isinstance(each, Dropped))
+        sides, scores = [side for side, _ in kept], tuple(score for _, score in kept)
+        return self._continued(record, prompt, [*sides, *target], scores, rules)
+
+    def _continued(
+        self,
+        record: Record,
+        prompt: list[Message],
+        sides: Sequence[list[Message]],
+        scores: tuple[float, ...] = (),
+        rules: tuple[str, ...] = (),
+    ) -> _Layout:
         start = self._template.prompt(prompt)
-        return _Layout(record, start, tuple(self._template.continuation(start.text, prompt, side) for side in sides))
+        pieces = tuple(self._template.continuation(start.text, prompt, side) for side in sides)
+        return _Layout(record, start, pieces, scores, rules)
+
+    def _target(self, record: Pair | Ranked) -> list[list[Message]]:
+        """The target, if one is wanted."""
+        if not self.target:
+            return []
+        if record.target is None:
+            raise Dropped(NO_TARGET)
+        return [self._clean(record.target)]
 
     def _clean(self, messages: Sequence[Message]) -> list[Message]:
         """Messages without the control tokens that data sets leave at the end of answers.
@@ -215,13 +277,40 @@ class ChatEncoder:
             if len(prompt_ids) > self.max_tokens:
                 raise Dropped(TOO_LONG)
             return Example(record.row, prompt_ids, (), 1.0, group)
-        if self.loss_on == "all" and not isinstance(record, Pair):
+        if self.loss_on == "all" and isinstance(record, Conversation):
             flat = [*prompt_ids, *(i for piece in layout.completions[0] for i in ids[piece])]
             return self._of_all(record, flat, group)
+        if isinstance(record, Ranked):
+            return self._of_list(record, layout, ids, group)
         completions = tuple(self._completion(pieces, ids, len(prompt_ids)) for pieces in layout.completions)
         if isinstance(record, Pair) and completions[0].ids == completions[1].ids:
             raise Dropped(EQUAL)
-        return Example(record.row, prompt_ids, completions, record.weight, group)
+        margin = record.margin if isinstance(record, Pair) else 0.0
+        return Example(record.row, prompt_ids, completions, record.weight, group, layout.scores, margin)
+
+    def _of_list(self, record: Ranked, layout: _Layout, ids: dict[Piece, list[int]], group: bytes) -> Example:
+        """An example of the candidates that are of use, and of the target."""
+        prompt_ids = ids[layout.prompt]
+        kept: dict[tuple[int, ...], tuple[Completion, float]] = {}
+        rules = list(layout.left_off)
+        candidates = layout.completions[: len(layout.scores)]
+        for pieces, score in zip(candidates, layout.scores, strict=True):
+            found = _outcome(self._completion, pieces, ids, len(prompt_ids))
+            if isinstance(found, Exception):
+                rules.append(_rule_of_one(found))
+            elif tuple(found.ids) in kept:
+                rules.append(EQUAL_TO_EARLIER)
+            else:
+                kept[tuple(found.ids)] = found, score
+        scores = tuple(score for _, score in kept.values())
+        if len(scores) < 2:
+            raise Dropped(TOO_FEW)
+        if len(set(scores)) == 1:
+            raise Dropped(TIED)
+        targets = [self._completion(each, ids, len(prompt_ids)) for each in layout.completions[len(layout.scores) :]]
+        self.noted.update(map(left_off, rules))
+        completions = (*(completion for completion, _ in kept.values()), *targets)
+        return Example(record.row, prompt_ids, completions, record.weight, group, scores)
 
     def _completion(self, pieces: Sequence[Piece], ids: dict[Piece, list[int]], prompt_tokens: int) -> Completion:
         tokens, mask = [], []
@@ -255,6 +344,18 @@ class ChatEncoder:
             raise Dropped(CUT_AWAY if len(ids) > 1 else EMPTY)
         completion = Completion(rest, [True] * len(rest), len(ids) > self.max_tokens)
         return Example(record.row, ids[:1], (completion,), record.weight, group)
+
+
+def _rule_of_one(error: Dropped | BadRow) -> str:
+    """Why one candidate is left off its list.
+
+    Raises:
+        Dropped: The prompt is to blame, so that no other candidate fares better.
+        BadRow: The row is malformed.
+    """
+    if isinstance(error, BadRow) or error.rule == NO_ROOM:
+        raise error
+    return error.rule
 
 
 def _outcome(function: Callable[..., T], *args: object) -> T | Dropped | BadRow:

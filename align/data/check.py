@@ -10,20 +10,40 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from align.data.chat import ChatEncoder, Example, LossOn
-from align.data.formats import as_prompt
+from align.data.convert import as_prompt
+from align.data.mismatch import with_mismatched
 from align.data.reading import Reading
-from align.data.records import BadRow, Dropped, Message, Pair, Prompt, Record, Text, before_answer, digest
+from align.data.records import (
+    BadRow,
+    Conversation,
+    Dropped,
+    Message,
+    Pair,
+    Prompt,
+    Ranked,
+    Record,
+    Unpaired,
+    before_answer,
+    digest,
+)
 from align.data.report import DataReport, contradictions, prompt_group, token_statistics
 from align.data.sources import Row, Source
 from align.errors import DataError, RecipeError
-from align.spec.data import RECORDS_OF_FORMAT
+from align.spec.data import RECORDS_OF_FORMAT, records_of
 from align.types import Batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-RECORDS_OF_BATCH = {Batch.TOKENS: ("text", "conversation"), Batch.PAIRED: ("pair",)}
+RECORDS_OF_BATCH = {
+    Batch.TOKENS: ("text", "conversation"),
+    Batch.PAIRED: ("pair",),
+    Batch.UNPAIRED: ("unpaired",),
+    Batch.RANKED: ("ranked", "pair"),
+}
 """Which records a batch kind is made of."""
+
+RECORDS_WITH_PROMPT = ("prompt", "conversation", "pair", "ranked", "unpaired")
 
 CHUNK = 2048
 """Records that the tokenizer gets at once."""
@@ -53,6 +73,7 @@ def load_examples(
     tokenizer: PreTrainedTokenizerBase,
     max_tokens: int,
     loss_on: LossOn = "completion",
+    target: bool = False,
     folder: Path,
     quarantine: Path | None = None,
 ) -> tuple[list[Example], DataReport]:
@@ -64,27 +85,35 @@ def load_examples(
         tokenizer: The model's.
         max_tokens: Longest prompt + completion; what is longer is cut.
         loss_on: What is trained in a conversation.
+        target: Whether every ranked example ends with its target, and records without one are dropped.
         folder: Where relative paths start.
         quarantine: File that malformed rows are written to; removed if there is none.
 
     Raises:
         RecipeError: The entry cannot serve this batch kind, or a setting of it has no effect.
-        DataError: The source cannot be read, too many rows are malformed, or nothing is left.
+        DataError: The source cannot be read, too many rows are malformed, nothing is left, or all prompts are equal
+            where another one's completion is needed.
     """
-    _expect(source, RECORDS_OF_BATCH[batch])
-    encoder = ChatEncoder(tokenizer, max_tokens, loss_on)
+    _expect(source, batch)
+    encoder = ChatEncoder(tokenizer, max_tokens, loss_on, target=target and batch is Batch.RANKED)
     reading = Reading(source, folder)
     examples = [example for _, example in _encoded(reading, encoder, reading.records())]
     report = _report(reading, encoder, examples, quarantine)
     report.truncated = sum(any(c.truncated for c in e.completions) for e in examples)
+    report.candidates = sum(len(e.scores) for e in examples if len(e.scores) > 1)
+    report.desirable = sum(e.scores == (1.0,) for e in examples)
     report.contradictions = contradictions(examples)
+    if batch is Batch.UNPAIRED:
+        examples = with_mismatched(examples, max_tokens)
     return examples, report
 
 
 def load_prompts(
     source: Source, *, tokenizer: PreTrainedTokenizerBase, max_tokens: int, folder: Path, quarantine: Path | None = None
 ) -> tuple[list[PromptExample], DataReport]:
-    """Prompts of a data entry: of a conversation, everything before its last answer; of a pair, what both share.
+    """Prompts of a data entry: of a conversation, everything before its last answer; else what the answers share.
+
+    A conversion of the entry changes nothing of its prompts.
 
     Args:
         source: The entry.
@@ -97,7 +126,8 @@ def load_prompts(
         RecipeError: The entry has no prompts, or a setting of it has no effect.
         DataError: The source cannot be read, too many rows are malformed, or nothing is left.
     """
-    _expect(source, ("prompt", "conversation", "pair"))
+    if RECORDS_OF_FORMAT[source.format] not in RECORDS_WITH_PROMPT:
+        raise RecipeError(f"format {source.format} gives no prompts", where="format", fix="choose another format")
     encoder = ChatEncoder(tokenizer, max_tokens)
     reading = Reading(source, folder)
     found = list(_encoded(reading, encoder, reading.records(as_prompt)))
@@ -119,12 +149,8 @@ def training_texts(source: Source, folder: Path) -> Iterator[str]:
     """
     reading = Reading(source, folder)
     for record, _ in reading.records():
-        if isinstance(record, Text):
-            yield record.text
-        elif isinstance(record, Pair):
-            yield from (message["content"] for message in [*record.prompt, *record.chosen, *record.rejected])
-        else:
-            yield from (message["content"] for message in record.messages)
+        for messages in _said(record):
+            yield from (message["content"] for message in messages)
     reading.finish(None)
 
 
@@ -180,26 +206,46 @@ def first_examples(
     tokenizer: PreTrainedTokenizerBase,
     max_tokens: int,
     loss_on: LossOn = "completion",
+    target: bool = False,
     folder: Path,
 ) -> list[Example]:
     """The first examples of `load_examples`, read no further than needed, whatever the rest is like."""
-    _expect(source, RECORDS_OF_BATCH[batch])
+    _expect(source, batch)
     reading = Reading(source, folder)
-    encoded = _encoded(reading, ChatEncoder(tokenizer, max_tokens, loss_on), reading.records(), chunk=count)
-    examples = [example for _, example in islice(encoded, count)]
+    encoder = ChatEncoder(tokenizer, max_tokens, loss_on, target=target and batch is Batch.RANKED)
+    examples: list[Example] = []
+    for _, example in _encoded(reading, encoder, reading.records(), chunk=count):
+        examples.append(example)
+        # The last one wanted may need the next one of another prompt.
+        if len(examples) >= count and (
+            batch is not Batch.UNPAIRED or prompt_group(example) != prompt_group(examples[count - 1])
+        ):
+            break
     if not examples:
         reading.finish(None, left=0)
-    return examples
+    return (with_mismatched(examples, max_tokens) if batch is Batch.UNPAIRED else examples)[:count]
 
 
 def _openings(source: Source, folder: Path) -> list[bytes]:
     return [digest(before_answer(record.prompt)) for record, _ in Reading(source, folder).records()]
 
 
-def _expect(source: Source, records: tuple[str, ...]) -> None:
-    kind = RECORDS_OF_FORMAT[source.format]
-    if kind not in records:
-        raise RecipeError(f"format {source.format} gives {kind}s, not {' or '.join(f'{r}s' for r in records)}")
+def _said(record: Record) -> list[list[Message]]:
+    """Everything that is said in a record."""
+    if isinstance(record, Conversation | Prompt):
+        return [record.messages]
+    if isinstance(record, Pair):
+        return [record.prompt, record.chosen, record.rejected]
+    if isinstance(record, Ranked):
+        return [record.prompt, *record.responses]
+    return [record.prompt, record.completion] if isinstance(record, Unpaired) else [record.prompt]
+
+
+def _expect(source: Source, batch: Batch) -> None:
+    kind, wanted = records_of(source), RECORDS_OF_BATCH[batch]
+    if kind not in wanted:
+        converted = f" and convert: {source.convert}" if source.convert else ""
+        raise RecipeError(f"format {source.format}{converted} gives {kind} records, not {' or '.join(wanted)} records")
 
 
 def _encoded(
@@ -220,6 +266,7 @@ def _report(reading: Reading, encoder: ChatEncoder, examples: Sequence[Example],
     return DataReport(
         rows_read=reading.rows_read,
         records=reading.parsed,
+        converted=reading.converted,
         examples=len(examples),
         quarantined=dict(reading.quarantined.most_common()),
         dropped=dict(reading.dropped.most_common()),

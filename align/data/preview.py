@@ -14,8 +14,8 @@ from rich.text import Text
 
 from align.data.chat import Completion, Example
 from align.data.reading import Reading
-from align.data.records import Conversation, Message, Pair, Prompt, Record
-from align.data.report import DataReport
+from align.data.records import Conversation, Message, Pair, Prompt, Ranked, Record, Unpaired
+from align.data.report import DataReport, is_pair
 from align.data.sources import Source, number_word
 
 if TYPE_CHECKING:
@@ -63,6 +63,8 @@ def report_tables(name: str, report: DataReport, shared: Mapping[str, int] | Non
     counts.add_column("what")
     counts.add_column("rows", justify="right")
     counts.add_row("rows read", f"{report.rows_read:,}")
+    if report.converted:
+        counts.add_row("made of them by `convert` besides", f"+{report.converted:,}")
     for title, rows in (("quarantined", report.quarantined), ("dropped", report.dropped)):
         for reason, count in rows.items():
             counts.add_row(f"{title}: {reason}", f"-{count:,}")
@@ -72,8 +74,12 @@ def report_tables(name: str, report: DataReport, shared: Mapping[str, int] | Non
     share = report.truncated / report.examples if report.examples else 0.0
     counts.add_row(f"truncated ({share:.1%})", f"{report.truncated:,}")
     counts.add_row("different prompts", f"{report.prompts:,}")
+    if report.candidates > 2 * report.examples:
+        counts.add_row("candidates", f"{report.candidates:,}")
+    if report.desirable:
+        counts.add_row("desirable", f"{report.desirable:,}")
     if report.contradictions:
-        counts.add_row("pairs that another pair turns round", f"{report.contradictions:,}")
+        counts.add_row("judgements that another one turns round", f"{report.contradictions:,}")
     for other, count in (shared or {}).items():
         counts.add_row(f"prompts that `{other}` has as well", f"{count:,}")
     return Group(counts, _lengths(report)) if report.tokens else counts
@@ -94,16 +100,29 @@ def _panel(record: Record, word: str) -> Panel:
     body = Text()
     if isinstance(record, Conversation | Prompt):
         _add_messages(body, record.messages)
-    elif isinstance(record, Pair):
+    elif isinstance(record, Pair | Ranked | Unpaired):
         _add_messages(body, record.prompt)
-        for side, messages in (("chosen", record.chosen), ("rejected", record.rejected)):
-            body.append(f"{side}\n", style="bold yellow")
+        for name, messages in _answers(record):
+            body.append(f"{name}\n", style="bold yellow")
             _add_messages(body, messages)
     else:
         body.append(record.text)
     weight = "" if isinstance(record, Prompt) or record.weight == 1 else f", weight {record.weight:g}"
+    margin = f", margin {record.margin:g}" if isinstance(record, Pair) and record.margin else ""
     body.rstrip()
-    return Panel(body, title=f"{word} {record.row}{weight}", title_align="left")
+    return Panel(body, title=f"{word} {record.row}{weight}{margin}", title_align="left")
+
+
+def _answers(record: Pair | Ranked | Unpaired) -> list[tuple[str, list[Message]]]:
+    """The answers of a record with what is said of them."""
+    if isinstance(record, Unpaired):
+        return [("desirable" if record.label else "undesirable", record.completion)]
+    if isinstance(record, Pair):
+        answers = [("chosen", record.chosen), ("rejected", record.rejected)]
+    else:
+        names = [f"score {score:g}" for score in record.scores]
+        answers = list(zip(names, record.responses, strict=True))
+    return [*answers, ("target", record.target)] if record.target else answers
 
 
 def _add_messages(body: Text, messages: Iterable[Message]) -> None:
@@ -114,14 +133,22 @@ def _add_messages(body: Text, messages: Iterable[Message]) -> None:
 
 def _masked(example: Example, tokenizer: PreTrainedTokenizerBase, word: str) -> Panel:
     body = Text(_decode(tokenizer, example.prompt_ids), style=CONTEXT)
-    names = ("chosen", "rejected") if len(example.completions) == 2 else ("",)
-    for name, completion in zip(names, example.completions, strict=False):
+    for name, completion in zip(_names(example), example.completions, strict=False):
         if name:
             body.append(f"\n{name} ", style="bold yellow")
         _add_completion(body, completion, tokenizer)
     trained = [sum(completion.mask) for completion in example.completions]
     told = f"prompt {len(example.prompt_ids)} tokens, trained {' and '.join(map(str, trained))}"
     return Panel(body, title=f"{word} {example.row}: {told}", title_align="left")
+
+
+def _names(example: Example) -> list[str]:
+    """What each completion of an example is called."""
+    if is_pair(example):
+        return ["chosen", "rejected", "target"]
+    if len(example.scores) == 1:
+        return ["desirable" if example.scores[0] else "undesirable", "of another prompt, not trained"]
+    return [*(f"score {score:g}" for score in example.scores), "target" if example.scores else ""]
 
 
 def _add_completion(body: Text, completion: Completion, tokenizer: PreTrainedTokenizerBase) -> None:

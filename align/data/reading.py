@@ -7,12 +7,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from align.data.convert import convert
 from align.data.formats import Parser
 from align.data.records import BadRow, Dropped, Record, identity
 from align.data.sources import Row, Source, number_word, read_rows, source_name
 from align.errors import DataError, RecipeError
 from align.recipe.suggest import did_you_mean
-from align.spec.data import FIELDS_OF_FORMAT
+from align.spec.data import FIELDS_OF_FORMAT, RECORDS_OF_CONVERSION, RECORDS_OF_FORMAT, can_convert
 
 EXCERPT = 500
 """Characters of a malformed row that are kept."""
@@ -28,13 +29,14 @@ class Reading:
         folder: Where relative paths start.
 
     Raises:
-        RecipeError: A setting of the entry has no effect on its format.
+        RecipeError: A setting of the entry has no effect on its format, or its records cannot be converted.
     """
 
     def __init__(self, source: Source, folder: Path) -> None:
         self.source, self.folder = source, folder
         self.rows_read = 0
         self.parsed = 0
+        self.converted = 0
         self.quarantined: Counter[str] = Counter()
         self.dropped: Counter[str] = Counter()
         self._parser = Parser(source.format, source.columns, source.system)
@@ -42,6 +44,15 @@ class Reading:
         self._columns: dict[str, None] = {}
         if source.system and source.format == "text":
             raise RecipeError("plain text has no system message", where="system", fix="remove it")
+        if not can_convert(source):
+            assert source.convert is not None
+            takes = " or ".join(RECORDS_OF_CONVERSION[source.convert][0])
+            raise RecipeError(
+                f"`{source.convert}` takes {takes} records, format {source.format} holds "
+                f"{RECORDS_OF_FORMAT[source.format]} records",
+                where="convert",
+                fix="remove it, or choose another format",
+            )
 
     @property
     def number_word(self) -> str:
@@ -52,8 +63,12 @@ class Reading:
     def noted(self) -> Counter[str]:
         return self._parser.noted
 
-    def records(self, reduce: Callable[[Record], Record] = lambda record: record) -> Iterator[tuple[Record, Row]]:
-        """Every record, reduced, with the row it was made from; later ones that say the same are dropped."""
+    def records(self, reduce: Callable[[Record], Record] | None = None) -> Iterator[tuple[Record, Row]]:
+        """Every record with the row it was made from; later ones that say the same are dropped.
+
+        Args:
+            reduce: Applied to each record, in place of the entry's conversion.
+        """
         seen: set[bytes] = set()
         for number, row in read_rows(self.source, self.folder):
             self.rows_read += 1
@@ -62,7 +77,8 @@ class Reading:
                 continue
             self._columns.update(dict.fromkeys(row))
             try:
-                record = reduce(self._parser.parse(number, row))
+                record = self._parser.parse(number, row)
+                made = [reduce(record)] if reduce else convert(record, self.source.convert)
             except BadRow as error:
                 self.quarantine(number, error, row)
                 continue
@@ -71,11 +87,13 @@ class Reading:
                 self.drop(error)
                 continue
             self.parsed += 1
-            if (key := identity(record)) in seen:
-                self.drop(Dropped(DUPLICATE))
-            else:
-                seen.add(key)
-                yield record, row
+            self.converted += len(made) - 1
+            for each in made:
+                if (key := identity(each)) in seen:
+                    self.drop(Dropped(DUPLICATE))
+                else:
+                    seen.add(key)
+                    yield each, row
 
     def quarantine(self, number: int, error: BadRow, row: Row) -> None:
         raw = error.raw if error.raw is not None else json.dumps(row, ensure_ascii=False, default=str)
@@ -101,9 +119,9 @@ class Reading:
         if not self.rows_read:
             raise DataError(f"no rows after skip: {self.source.skip}", where=name, fix="check the file and `skip`")
         self._check_columns(name)
-        bad = len(self._bad)
+        bad = len({number for number, _, _ in self._bad})
         if bad > self.source.max_bad_rows * self.rows_read:
-            first = "; ".join(f"{word} {number}: {reason}" for number, reason, _ in sorted(self._bad)[:3])
+            first = "; ".join(f"{word} {number}: {reason}" for number, reason, _ in self._bad_once()[:3])
             kept = f"; all of them are in {quarantine}" if quarantine else ""
             raise DataError(
                 f"{bad} of {self.rows_read} rows are malformed ({bad / self.rows_read:.2%}, max_bad_rows is "
@@ -125,7 +143,7 @@ class Reading:
         fields, columns = FIELDS_OF_FORMAT[self.source.format], self.source.columns
         found = ", ".join(self._columns)
         for field, column in columns.items():
-            if column not in self._columns:
+            if field in fields.of_row and column not in self._columns:
                 raise DataError(
                     f"no row has the column `{column}`{did_you_mean(column, self._columns)}",
                     where=f"{name}: columns.{field}",
@@ -141,10 +159,14 @@ class Reading:
                 fix=f"map them with `columns: {{{absent[0]}: ...}}`; the columns are {found}",
             )
 
+    def _bad_once(self) -> list[tuple[int, str, str]]:
+        """Malformed rows in their order; a row that several records were made of is told once for each reason."""
+        return sorted(set(self._bad))
+
     def _write(self, path: Path, word: str) -> None:
         path.unlink(missing_ok=True)
         if self._bad:
             path.parent.mkdir(parents=True, exist_ok=True)
-            lines = [{word: number, "reason": reason, "raw": raw} for number, reason, raw in sorted(self._bad)]
+            lines = [{word: number, "reason": reason, "raw": raw} for number, reason, raw in self._bad_once()]
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
             path.write_text(text, encoding="utf-8", errors="backslashreplace")

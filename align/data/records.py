@@ -1,4 +1,4 @@
-"""What a row becomes, whatever its format: one of four records, or a reason why it is none."""
+"""What a row becomes, whatever its format: one of six records, or a reason why it is none."""
 
 from __future__ import annotations
 
@@ -47,12 +47,48 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One prompt and two continuations of it, each beginning and ending with the assistant."""
+    """One prompt and two continuations of it, each beginning and ending with the assistant.
+
+    Attributes:
+        margin: By how much chosen is better, where the data says so.
+        target: A continuation to stay close to.
+    """
 
     row: int
     prompt: list[Message]
     chosen: list[Message]
     rejected: list[Message]
+    weight: float = 1.0
+    margin: float = 0.0
+    target: list[Message] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ranked:
+    """One prompt and two or more different continuations of it with scores, at least two of which differ.
+
+    Attributes:
+        responses: The candidates, in the order of the row.
+        scores: How good each is: the higher the better, and only the order means something.
+        target: A continuation to stay close to.
+    """
+
+    row: int
+    prompt: list[Message]
+    responses: list[list[Message]]
+    scores: list[float]
+    target: list[Message] | None = None
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Unpaired:
+    """One prompt, one continuation of it and whether that is desirable."""
+
+    row: int
+    prompt: list[Message]
+    completion: list[Message]
+    label: bool
     weight: float = 1.0
 
 
@@ -68,7 +104,15 @@ class Prompt:
         return self.messages
 
 
-Record = Text | Conversation | Pair | Prompt
+Record = Text | Conversation | Pair | Ranked | Unpaired | Prompt
+
+EMPTY = "empty completion"
+NO_SCORE = "no score"
+SAID_TWICE = "said by an earlier one"
+TOO_FEW = "fewer than two candidates"
+TIED = "all candidates tied"
+NO_TARGET = "no target"
+"""Why candidates, rows and records are left out, in the same words before and after the tokenizer."""
 
 
 class BadRow(Exception):
@@ -93,6 +137,11 @@ class Dropped(Exception):
         self.rule = rule
 
 
+def left_off(rule: str) -> str:
+    """How it is noted that a candidate was left off a list, the rest of which is used."""
+    return f"candidate left off: {rule}"
+
+
 def before_answer(messages: Sequence[Message]) -> list[Message]:
     """What comes before the first assistant's turn."""
     return list(takewhile(lambda message: message["role"] != "assistant", messages))
@@ -111,8 +160,16 @@ def digest(*conversations: Iterable[Message]) -> bytes:
 
 
 def identity(record: Record) -> bytes:
-    """Equal for records that say the same with the same weight."""
-    weight = b"" if isinstance(record, Prompt) else repr(record.weight).encode()
+    """Equal for records that say the same with the same weight, labels and scores."""
+    said: list[list[Message]] = [record.messages if isinstance(record, Conversation | Prompt) else record.prompt]
+    told: list[object] = [] if isinstance(record, Prompt) else [record.weight]
     if isinstance(record, Pair):
-        return digest(record.prompt, record.chosen, record.rejected) + weight
-    return digest(record.messages if isinstance(record, Conversation | Prompt) else record.prompt) + weight
+        said += [record.chosen, record.rejected, record.target or []]
+        told.append(record.margin)
+    elif isinstance(record, Ranked):
+        said += [*record.responses, record.target or []]
+        told.append(record.scores)
+    elif isinstance(record, Unpaired):
+        said.append(record.completion)
+        told.append(record.label)
+    return digest(*said) + repr(told).encode()

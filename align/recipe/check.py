@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from align.errors import RecipeError
 from align.recipe.lineage import declared_model, model_loc, trains_base
@@ -15,7 +15,7 @@ from align.recipe.shape import either
 from align.recipe.sources import base_folder
 from align.recipe.suggest import did_you_mean, nearest
 from align.spec.base import DataRef, HubAdapter, StageRef
-from align.spec.data import RECORDS_OF_FORMAT
+from align.spec.data import RECORDS_OF_CONVERSION, RECORDS_OF_FORMAT, DataSource, can_convert, records_of
 from align.spec.model import LoraSettings, ModelSettings
 from align.spec.stages import CompareStage, PolicyStage, TrainedStage
 
@@ -28,6 +28,7 @@ def check_names(loaded: LoadedRecipe) -> Iterator[RecipeError]:
     """Every mistake in the names of a recipe."""
     check = _Check(loaded)
     yield from check.own_names()
+    yield from check.conversions()
     for name in loaded.stages:
         yield from check.references(name)
         yield from check.model(name)
@@ -40,6 +41,10 @@ class _Check:
         self.bases = [name for name in self.stages if trains_base(loaded, name)]
         self.meant: set[str] = set()
         """Data entries that some stage names, or seems to mean."""
+        self.asked: set[str] = set()
+        """Those of which some stage reads the prompts."""
+        self.judged: set[str] = set()
+        """Those of which some stage reads more."""
 
     def own_names(self) -> Iterator[RecipeError]:
         for part in ("stages", "data"):
@@ -49,6 +54,17 @@ class _Check:
                     yield self._error((part, name), f"the name {name!r} {why}", "use letters, digits, _ and -")
         if not self.stages:
             yield self._error(("stages",), "the recipe has no stages", "add at least one")
+
+    def conversions(self) -> Iterator[RecipeError]:
+        for name, source in self.data.items():
+            if source.convert is not None and not can_convert(source):
+                takes = RECORDS_OF_CONVERSION[source.convert][0]
+                yield self._error(
+                    ("data", name, "convert"),
+                    f"`{source.convert}` takes {either(list(takes))} records; "
+                    f"format {source.format} holds {RECORDS_OF_FORMAT[source.format]} records",
+                    f"remove it, or choose a format that it takes: {', '.join(formats_of(takes))}",
+                )
 
     def references(self, name: str) -> Iterator[RecipeError]:
         stage = self.stages[name]
@@ -75,9 +91,9 @@ class _Check:
             yield self._error(loc, f"`{reference.name}` produces a {produces}, not a {mark.produces}", known)
 
     def _data(self, name: str, loc: Loc, reference: Reference, mark: DataRef) -> Iterator[RecipeError]:
-        serving = [fmt for fmt, record in RECORDS_OF_FORMAT.items() if record in mark.records]
-        fitting = [each for each, source in self.data.items() if source.format in serving]
+        fitting = [each for each, source in self.data.items() if _held(source, mark) in mark.records]
         self.meant.add(reference.name)
+        (self.asked if "prompt" in mark.records else self.judged).add(reference.name)
         if reference.name not in self.data:
             near = nearest(reference.name, fitting) or nearest(reference.name, self.data)
             self.meant.update(near)
@@ -87,16 +103,18 @@ class _Check:
                 f"one of: {', '.join(fitting) or 'none'}; or add it under `data`",
             )
             return
-        fmt = self.data[reference.name].format
-        if fmt not in serving:
+        source = self.data[reference.name]
+        held = _held(source, mark)
+        if held not in mark.records and can_convert(source):
             self.meant.update(fitting)
             kind = type(self.stages[name]).model_fields["kind"].default
             named = f"; entries that do: {', '.join(fitting)}" if fitting else ""
+            converted = f" and convert: {source.convert}" if source.convert else ""
             yield self._error(
                 loc,
-                f"`{reference.name}` has the format {fmt}, which holds {RECORDS_OF_FORMAT[fmt]} records; "
-                f"{kind} reads {either(list(mark.records))} records",
-                f"formats that serve: {', '.join(serving)}{named}",
+                f"`{reference.name}` has the format {source.format}{converted}, which holds {held} "
+                f"records; {kind} reads {either(list(mark.records))} records",
+                f"formats that serve: {', '.join(formats_of(mark.records))}{named}{_conversions(source, mark)}",
             )
 
     def _compare(self, name: str, stage: CompareStage) -> Iterator[RecipeError]:
@@ -189,6 +207,10 @@ class _Check:
         for name in self.data:
             if name not in self.meant:
                 yield self._error(("data", name), f"no stage reads `{name}`", "remove it, or name it in a stage")
+            elif self.data[name].convert and name in self.asked - self.judged:
+                yield self._error(
+                    ("data", name, "convert"), "`convert` has no effect: only prompts are read of it", "remove it"
+                )
         if self.loaded.recipe.model is not None and not any(
             isinstance(each, PolicyStage) for each in self.stages.values()
         ):
@@ -196,6 +218,23 @@ class _Check:
 
     def _error(self, loc: Loc, message: str, fix: str) -> RecipeError:
         return RecipeError(message, where=self.loaded.where(*loc), fix=fix)
+
+
+def formats_of(records: Collection[str]) -> list[str]:
+    """The formats that hold one of these kinds of records."""
+    return [fmt for fmt, record in RECORDS_OF_FORMAT.items() if record in records]
+
+
+def _held(source: DataSource, mark: DataRef) -> str:
+    """What a stage finds in an entry: its records, converted unless only their prompts are read."""
+    return RECORDS_OF_FORMAT[source.format] if "prompt" in mark.records else records_of(source)
+
+
+def _conversions(source: DataSource, mark: DataRef) -> str:
+    """How the records of an entry could be made to serve."""
+    held = RECORDS_OF_FORMAT[source.format]
+    ways = [how for how, (takes, gives) in RECORDS_OF_CONVERSION.items() if held in takes and gives in mark.records]
+    return f"; or write `convert: {' | '.join(ways)}` in `{source.format}` data" if ways else ""
 
 
 def looks_like_path(name: str) -> bool:

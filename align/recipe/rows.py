@@ -1,4 +1,4 @@
-"""How many rows a data entry has, where that is cheap to know: no row is parsed into a record."""
+"""How many records a data entry has at most, where that is cheap to know: no row is parsed into one."""
 
 from __future__ import annotations
 
@@ -10,14 +10,20 @@ from pathlib import Path
 from typing import BinaryIO
 
 from align.recipe.env import resolve_env
-from align.spec.data import DataSource, FileData, GeneratedData
+from align.spec.data import Conversion, DataSource, FileData, GeneratedData
 
 MAX_BYTES = 128 * 2**20
 """Largest file that is read for this: about a second."""
 
 
+MADE_OF_A_ROW: dict[Conversion, int] = {"best_worst": 1, "unpaired": 2, "best": 1}
+"""Records that a conversion makes of each row; how many pairs a list gives, only the list can tell."""
+
+
 def count_rows(source: DataSource, folder: Path) -> int | None:
-    """Rows after `skip` and `limit`, malformed ones included; None where only reading the data would tell.
+    """Records of a data entry if every row is of use; None where only reading the data would tell.
+
+    Rows are counted after `skip` and `limit`, malformed ones included.
 
     Args:
         source: The entry.
@@ -31,7 +37,10 @@ def count_rows(source: DataSource, folder: Path) -> int | None:
     if rows is None:
         return None
     rows = max(0, rows - source.skip)
-    return rows if source.limit is None else min(rows, source.limit)
+    rows = rows if source.limit is None else min(rows, source.limit)
+    if source.convert is None:
+        return rows
+    return rows * MADE_OF_A_ROW[source.convert] if source.convert in MADE_OF_A_ROW else None
 
 
 def _in_file(path: Path) -> int | None:

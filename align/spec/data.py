@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Union
 
-from pydantic import Discriminator, Field, NonNegativeInt, PositiveInt, Tag
+from pydantic import AfterValidator, Discriminator, Field, NonNegativeInt, PositiveInt, Tag
 
 from align.spec.base import Registered, Settings, Unread, cosmetic
 
@@ -19,7 +19,19 @@ FILE_KINDS = {
 }
 """How a file is read, by the end of its name (a further `.gz` is taken off first)."""
 
-Format = Literal["text", "alpaca", "messages", "sharegpt", "prompt_completion", "pairs", "prompts"]
+Format = Literal[
+    "text",
+    "alpaca",
+    "messages",
+    "sharegpt",
+    "prompt_completion",
+    "pairs",
+    "labelled_pairs",
+    "ranked",
+    "mt_bench",
+    "unpaired",
+    "prompts",
+]
 
 RECORDS_OF_FORMAT: dict[str, str] = {
     "text": "text",
@@ -28,9 +40,24 @@ RECORDS_OF_FORMAT: dict[str, str] = {
     "sharegpt": "conversation",
     "prompt_completion": "conversation",
     "pairs": "pair",
+    "labelled_pairs": "pair",
+    "ranked": "ranked",
+    "mt_bench": "ranked",
+    "unpaired": "unpaired",
     "prompts": "prompt",
 }
-"""The record type each format is read as. A conversation or a pair also serves where a prompt is wanted."""
+"""The record type each format is read as. What has a prompt also serves where a prompt is wanted."""
+
+Conversion = Literal["all_pairs", "best_worst", "adjacent_pairs", "unpaired", "best"]
+
+RECORDS_OF_CONVERSION: dict[Conversion, tuple[tuple[str, ...], str]] = {
+    "all_pairs": (("ranked",), "pair"),
+    "best_worst": (("ranked",), "pair"),
+    "adjacent_pairs": (("ranked",), "pair"),
+    "unpaired": (("pair", "ranked"), "unpaired"),
+    "best": (("ranked", "pair"), "conversation"),
+}
+"""The record types that each conversion takes, and the one that it gives."""
 
 
 @dataclass(frozen=True)
@@ -40,29 +67,66 @@ class Fields:
     Attributes:
         one_of: Groups of fields of which a row has to have one whole group.
         optional: Fields it may have besides.
+        items: Fields of the objects in a list that a row has.
     """
 
     one_of: tuple[tuple[str, ...], ...]
     optional: tuple[str, ...] = ()
+    items: tuple[str, ...] = ()
+
+    @property
+    def of_row(self) -> list[str]:
+        """The fields of the row itself."""
+        return list(dict.fromkeys([*(name for group in self.one_of for name in group), *self.optional]))
 
     @property
     def names(self) -> list[str]:
-        return list(dict.fromkeys([*(name for group in self.one_of for name in group), *self.optional]))
+        """All fields: what `columns` can rename."""
+        return list(dict.fromkeys([*self.of_row, *self.items]))
 
+
+_ALPACA = ("input", "history", "system")
+"""What may stand beside an instruction."""
 
 FIELDS_OF_FORMAT: dict[Format, Fields] = {
     "text": Fields((("text",),), ("weight",)),
-    "alpaca": Fields((("instruction", "output"),), ("input", "history", "system", "weight")),
+    "alpaca": Fields((("instruction", "output"),), (*_ALPACA, "weight")),
     "messages": Fields((("messages",),), ("weight",)),
     "sharegpt": Fields((("conversations",),), ("system", "tools", "weight")),
     "prompt_completion": Fields((("prompt", "completion"),), ("weight",)),
     "pairs": Fields(
         (("prompt", "chosen", "rejected"), ("chosen", "rejected"), ("instruction", "output")),
-        ("conversations", "input", "history", "system", "weight"),
+        ("conversations", *_ALPACA, "margin", "target", "weight"),
     ),
-    "prompts": Fields(
-        (("prompt",), ("messages",), ("conversations",), ("instruction",)), ("input", "history", "system")
+    "labelled_pairs": Fields(
+        tuple(
+            (asked, *answers, label)
+            for answers in (("output_1", "output_2"), ("response1", "response2"))
+            for label in ("label", "preference", "annotator1")
+            for asked in ("prompt", "conversations", "messages", "instruction", "input")
+        ),
+        (*_ALPACA, "annotator2", "annotator3", "margin", "target", "weight"),
     ),
+    "ranked": Fields(
+        tuple(
+            (asked, answers)
+            for answers in ("responses", "output")
+            for asked in ("prompt", "conversations", "messages", "instruction")
+        ),
+        (*_ALPACA, "scores", "target", "weight"),
+        ("response", "score"),
+    ),
+    "mt_bench": Fields((("turns", "candidates"),), ("system", "weight")),
+    "unpaired": Fields(
+        (
+            ("prompt", "completion", "label"),
+            ("messages", "label"),
+            ("conversations", "label"),
+            ("instruction", "output", "label"),
+        ),
+        (*_ALPACA, "weight"),
+    ),
+    "prompts": Fields((("prompt",), ("messages",), ("conversations",), ("instruction",)), _ALPACA),
 }
 """What a row of each format is made of, and so what `columns` can rename."""
 
@@ -88,6 +152,10 @@ class DataSettings(Settings):
     """Rows of the source to read at most, after `skip`."""
     system: str | None = None
     """A system message put before every conversation that has none."""
+    convert: Conversion | None = cosmetic(None)
+    """What its records are made into: pairs of candidates (`all_pairs`, `best_worst`, `adjacent_pairs`), single
+    completions (`unpaired`: the chosen one is desirable, the rejected one is not), or a conversation with the `best`.
+    """
     max_bad_rows: float = Field(default=0.01, ge=0.0, le=1.0)
     """Share of malformed rows (quarantined) above which the run stops with exit code 3."""
 
@@ -121,6 +189,51 @@ class GeneratedData(DataSettings):
     """Settings of the generator itself; it rejects what it does not know."""
 
 
+class ConvertedFile(FileData):
+    """A file whose records are converted."""
+
+    convert: Conversion
+
+
+class ConvertedHub(HubData):
+    """A data set of the Hub whose records are converted."""
+
+    convert: Conversion
+
+
+class ConvertedRows(GeneratedData):
+    """Generated rows whose records are converted."""
+
+    convert: Conversion
+
+
+CONVERTED: dict[type[DataSettings], type[DataSettings]] = {
+    FileData: ConvertedFile,
+    HubData: ConvertedHub,
+    GeneratedData: ConvertedRows,
+}
+
+
+def _with_conversion(source: Any) -> Any:
+    """An entry that converts, as the class in which `convert` is no cosmetic field and so counts in fingerprints.
+
+    An entry that does not keeps the fingerprint that it had before there were conversions.
+    """
+    if source.convert is None or type(source) not in CONVERTED:
+        return source
+    return CONVERTED[type(source)].model_validate(source.model_dump(exclude_unset=True))
+
+
+def records_of(source: DataSettings) -> str:
+    """The record type that an entry holds, after its conversion."""
+    return RECORDS_OF_FORMAT[source.format] if source.convert is None else RECORDS_OF_CONVERSION[source.convert][1]
+
+
+def can_convert(source: DataSettings) -> bool:
+    """Whether the records of the entry's format are what its conversion takes."""
+    return source.convert is None or RECORDS_OF_FORMAT[source.format] in RECORDS_OF_CONVERSION[source.convert][0]
+
+
 def _source(value: Any) -> str | None:
     keys = value if isinstance(value, dict) else getattr(value, "model_fields_set", ())
     return next((key for key in ("path", "hub", "generator") if key in keys), "path")
@@ -133,5 +246,6 @@ DataSource = Annotated[
         Annotated[GeneratedData, Tag("generator")],
     ],
     Discriminator(_source),
+    AfterValidator(_with_conversion),
 ]
 """One entry of `data`: told apart by its key `path`, `hub` or `generator`."""

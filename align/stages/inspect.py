@@ -83,6 +83,7 @@ class Reader:
             "tokenizer": self.tokenizer,
             "max_tokens": self.settings.train.max_tokens,
             "loss_on": "all" if pretrain else getattr(self.settings, "loss_on", "completion"),
+            "target": getattr(self.settings, "target", None) == "column",
             "folder": self.folder,
         }
 

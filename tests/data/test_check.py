@@ -58,6 +58,7 @@ def test_every_row_is_counted_once(tmp_path: Path) -> None:
     assert report.model_dump(exclude={"tokens"}) == {
         "rows_read": 11,
         "records": 7,
+        "converted": 0,
         "examples": 3,
         "quarantined": {
             "not JSON": 1,
@@ -74,6 +75,8 @@ def test_every_row_is_counted_once(tmp_path: Path) -> None:
         "noted": {},
         "truncated": 1,
         "prompts": 2,
+        "candidates": 0,
+        "desirable": 0,
         "contradictions": 0,
     }
     assert report.rows_read == report.examples + sum(report.quarantined.values()) + sum(report.dropped.values())

@@ -1,0 +1,71 @@
+"""Records made of records: pairs of the candidates of a list, single answers of a pair, the best answer, the prompt."""
+
+from __future__ import annotations
+
+from itertools import combinations, pairwise
+
+from align.data.records import Conversation, Dropped, Message, Pair, Prompt, Ranked, Record, Unpaired
+from align.spec.data import Conversion
+
+
+def convert(record: Record, how: Conversion | None) -> list[Record]:
+    """What a record is made into; at least one record, for the scores of a list are never all the same.
+
+    - ``all_pairs``: every two candidates of which one is better;
+    - ``adjacent_pairs``: every two of different scores that follow one another when sorted, best first;
+    - ``best_worst``: the best and the worst;
+    - ``unpaired``: both answers of a pair, or the best and the worst of a list, the better one first and desirable;
+    - ``best``: a conversation that ends with the best answer.
+
+    Of equals the earlier one counts as better. The pairs of a list have its target, or else its best as their target.
+    """
+    if how is None:
+        return [record]
+    if how == "best":
+        return [_best(record)]
+    if isinstance(record, Ranked):
+        order = _order(record)
+        two = {"all_pairs": combinations(order, 2), "adjacent_pairs": pairwise(order)}.get(how)
+        picks = two or iter([(order[0], order[-1])])
+        pairs = [_pair(record, a, b) for a, b in picks if record.scores[a] > record.scores[b]]
+    else:
+        assert isinstance(record, Pair)
+        pairs = [record]
+    return [each for pair in pairs for each in _apart(pair)] if how == "unpaired" else list(pairs)
+
+
+def as_prompt(record: Record) -> Prompt:
+    """A record reduced to what comes before its last answer."""
+    if isinstance(record, Pair | Ranked | Unpaired):
+        return Prompt(record.row, record.prompt)
+    assert isinstance(record, Conversation | Prompt)
+    messages = record.messages
+    if messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    if not messages or messages[-1]["role"] != "user":
+        raise Dropped("empty prompt")
+    return Prompt(record.row, messages)
+
+
+def _order(record: Ranked) -> list[int]:
+    """The candidates, best first; equals in the order of the row."""
+    return sorted(range(len(record.scores)), key=lambda k: -record.scores[k])
+
+
+def _pair(record: Ranked, chosen: int, rejected: int) -> Pair:
+    responses = record.responses
+    target: list[Message] = record.target or responses[_order(record)[0]]
+    return Pair(record.row, record.prompt, responses[chosen], responses[rejected], record.weight, target=target)
+
+
+def _apart(pair: Pair) -> tuple[Unpaired, Unpaired]:
+    return (
+        Unpaired(pair.row, pair.prompt, pair.chosen, True, pair.weight),
+        Unpaired(pair.row, pair.prompt, pair.rejected, False, pair.weight),
+    )
+
+
+def _best(record: Record) -> Conversation:
+    assert isinstance(record, Pair | Ranked)
+    best = record.chosen if isinstance(record, Pair) else record.responses[_order(record)[0]]
+    return Conversation(record.row, [*record.prompt, *best], record.weight)
