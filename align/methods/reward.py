@@ -11,21 +11,29 @@ K (K - 1) / 2; TRL and OpenRLHF know pairs only, for which there is no differenc
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import NonNegativeFloat
+from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
 
 from align.methods import method
 from align.methods.ops import RankedPairs
-from align.spec.stages import RankedStage
+from align.spec.base import Unread
+from align.spec.stages import GenerationSettings, RankedStage
 from align.types import Batch, LossOutput, Needs, RankedRewards, Term
 
 
 class Reward(RankedStage):
     """Settings of `kind: reward`."""
+
+    unread: ClassVar[tuple[Unread, ...]] = tuple(
+        Unread(
+            field, lambda reward: reward.normalise != "samples", "no samples are drawn", "write `normalise: samples`"
+        )
+        for field in ("normalise_prompts", "generation")
+    )
 
     kind: Literal["reward"] = "reward"
     produces = "reward"
@@ -33,6 +41,13 @@ class Reward(RankedStage):
     """By how much the better one has to win: not at all, by the data's `margin`, or by the difference of the scores."""
     centring: NonNegativeFloat = 0.0
     """Coefficient that holds the sum of a pair's rewards near 0; 0.01 is usual, 0 leaves it out."""
+    normalise: Literal["data", "samples", "none"] = "data"
+    """What the finished model's rewards get mean 0 and standard deviation 1 on: the completions it was trained on,
+    samples of the policy it starts from (as arXiv:1909.08593 does), or nothing."""
+    normalise_prompts: PositiveInt = 256
+    """Training prompts that samples are drawn for."""
+    generation: GenerationSettings = GenerationSettings()
+    """How samples are drawn; best as the policy will be sampled that the rewards are for."""
 
 
 @method(Reward, batch=Batch.RANKED, needs={Needs.REWARDS}, reference=False, source="arXiv:2203.02155, eq. 1")

@@ -1,4 +1,4 @@
-"""The end of a training stage: its policy, its numbers and its manifest become an artifact."""
+"""The end of a training stage: its model, its numbers and its manifest become an artifact."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from align.models.save import MODEL, save_policy
 from align.spec.job import Job
 from align.spec.stages import TrainedStage
 from align.stages.memory import peak_memory
+from align.stages.reward import Judgement
 from align.stages.start import Start
 from align.training.trainer import AlignTrainer
 
@@ -33,6 +34,7 @@ def publish_policy(
     trainer: AlignTrainer,
     tokenizer: Any,
     reports: Mapping[str, DataReport],
+    judgement: Judgement | None = None,
     seconds: float,
 ) -> None:
     """Write the artifact of a trained stage; called on rank 0 with the trained tensors gathered.
@@ -42,11 +44,12 @@ def publish_policy(
         settings: Its settings, parsed.
         store: Where the artifact goes.
         roles: The model that was trained.
-        begin: Where the policy started; a merged base is taken along.
-        record: What the manifest says of the policy.
+        begin: Where the model started; a merged base is taken along.
+        record: What the manifest says of the model.
         trainer: After `fit`.
         tokenizer: Saved beside the weights.
         reports: Data name -> what was read, dropped and quarantined.
+        judgement: What became of a reward model.
         seconds: Wall time of the stage in this process.
     """
     work, folder = Path(job.work), store.temporary(job.fingerprint)
@@ -56,7 +59,7 @@ def publish_policy(
         base = str(store.folder(job.fingerprint) / MODEL)
     save_policy(
         roles,
-        "policy",
+        settings.produces,
         folder,
         tokenizer=tokenizer,
         base_reference=base,
@@ -65,7 +68,8 @@ def publish_policy(
     )
     shutil.copy(work / "metrics.jsonl", folder / "metrics.jsonl")
     data = {name: report.model_dump(mode="json") for name, report in reports.items()}
-    (folder / "data.json").write_text(json.dumps(data, indent=1, ensure_ascii=False), encoding="utf-8")
+    for name, content in {"data.json": data, **(judgement.files if judgement else {})}.items():
+        (folder / name).write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
     manifest = Manifest(
         kind=job.kind,
         stage=job.stage,
@@ -74,11 +78,12 @@ def publish_policy(
         inputs=job.inputs,
         data=data,
         settings=job.settings,
-        policy=record,
+        policy=record if settings.produces == "policy" else None,
+        reward=record if settings.produces == "reward" else None,
         seed=settings.train.seed,
         versions=library_versions(),
         hardware=hardware(),
-        metrics=_last_values(work / "metrics.jsonl"),
+        metrics=_last_values(work / "metrics.jsonl") | (judgement.metrics if judgement else {}),
         wall_seconds=seconds,
         peak_memory_bytes=peak_memory(),
         steps=trainer.state.global_step,

@@ -19,10 +19,12 @@ from align.data.chat import LossOn
 from align.data.check import training_texts
 from align.methods import Method, get_method
 from align.methods.pretrain import Pretrain
+from align.methods.reward import Reward
 from align.models.base import load_base, new_base
 from align.models.platform import compute_dtype, device
+from align.models.rewards import load_reward_base
 from align.models.roles import RoleModel
-from align.models.save import MODEL, merge_adapter
+from align.models.save import MODEL, empty_scorer, merge_adapter
 from align.models.tokenizer import load_tokenizer, train_tokenizer
 from align.spec.job import Job
 from align.spec.model import ModelSettings
@@ -30,6 +32,7 @@ from align.spec.stages import PolicyStage, Referenced, TrainedStage
 from align.stages import start
 from align.stages.finish import publish_policy
 from align.stages.reference import find_references, read_second_copy
+from align.stages.reward import draw_samples, judge
 from align.training import collectives
 from align.training.arguments import deepspeed_config, training_arguments
 from align.training.distributed import process_group
@@ -46,8 +49,8 @@ class Opened:
         roles: What is trained.
         reference_role: Role that computes the reference, `policy` for a policy that is its own at step 0, or None.
         same_reference: Whether policy and reference are the same stage.
-        begin: Where the policy starts.
-        record: What the manifest will say of the policy.
+        begin: Where the trained model starts.
+        record: What the manifest will say of it.
     """
 
     roles: RoleModel
@@ -76,6 +79,9 @@ def run(job: Job, settings: TrainedStage, store: Store, report: Any) -> None:
         validation: Sequence[Example] = ()
         if settings.train.validation:
             examples, validation = split_validation(examples, settings.train.validation.fraction, settings.train.seed)
+        samples = (
+            draw_samples(job, settings, store, examples, tokenizer, report) if isinstance(settings, Reward) else ()
+        )
         step = Step(method, settings, settings.train.pack_tokens)
         asked = {"train": examples, "validation": validation}
         references = read_second_copy(job, settings, store, asked, report)
@@ -109,6 +115,7 @@ def run(job: Job, settings: TrainedStage, store: Store, report: Any) -> None:
             report=report,
         )
         trainer.fit()
+        judgement = judge(trainer, settings, samples, report) if isinstance(settings, Reward) else None
         if collectives.rank() == 0:
             publish_policy(
                 job,
@@ -120,6 +127,7 @@ def run(job: Job, settings: TrainedStage, store: Store, report: Any) -> None:
                 trainer=trainer,
                 tokenizer=tokenizer,
                 reports=data_report,
+                judgement=judgement,
                 seconds=time.monotonic() - began,
             )
         collectives.barrier()
@@ -176,31 +184,14 @@ def _open(job: Job, settings: TrainedStage, store: Store, tokenizer: Any) -> Ope
     model = job.model
     parent = start.of_policy(job, settings, store)
     begin = _merged(job, parent, tokenizer)
-    base = load_base(begin.base, quantization=model.quantization, dtype=model.dtype, revision=begin.revision)
-    _no_dropout(base)
-    roles = RoleModel(base, gradient_checkpointing=model.gradient_checkpointing)
+    roles = _with_trained_role(settings, model, begin)
     role, same = None, False
     if isinstance(settings, Referenced):
         reference = start.of_reference(job, settings, store)
         same = (reference.base, reference.adapter) == (parent.base, parent.adapter)
     if model.adapter == "none":
-        roles.train_base()
         role = "policy" if isinstance(settings, Referenced) else None
         return Opened(roles, role, same, begin, start.itself(job).record(model, adapter=False))
-    if begin.adapter is not None:
-        # An adapter of this recipe has to have the shape the recipe says; somebody else's has its own. How much dropout
-        # is trained with is the recipe's word in both cases.
-        shape = model.adapter if isinstance(settings.policy, str) else None
-        roles.add_adapter(
-            "policy",
-            folder=begin.adapter,
-            revision=begin.adapter_revision,
-            settings=shape,
-            dropout=model.adapter.dropout,
-            trainable=True,
-        )
-    else:
-        roles.add_adapter("policy", settings=model.adapter, trainable=True, seed=settings.train.seed)
     if isinstance(settings, Referenced):
         role = "reference"
         if reference.adapter is None or (same and begin.adapter is None):
@@ -208,6 +199,40 @@ def _open(job: Job, settings: TrainedStage, store: Store, tokenizer: Any) -> Ope
         else:
             roles.add_adapter("reference", folder=reference.adapter, trainable=False)
     return Opened(roles, role, same, begin, begin.record(model, adapter=True))
+
+
+def _with_trained_role(settings: PolicyStage, model: ModelSettings, begin: start.Start) -> RoleModel:
+    """The base, loaded, and on it the role that is trained: a policy, or a reward model with its head."""
+    role, score, source = settings.produces, None, begin.base
+    if role == "reward":
+        base, score = load_reward_base(
+            source, quantization=model.quantization, dtype=model.dtype, revision=begin.revision
+        )
+        empty_scorer(base.config)  # told now and not after the training
+    else:
+        base = load_base(source, quantization=model.quantization, dtype=model.dtype, revision=begin.revision)
+    _no_dropout(base)
+    roles = RoleModel(base, gradient_checkpointing=model.gradient_checkpointing)
+    if model.adapter == "none":
+        roles.train_base(role)
+    elif begin.adapter is not None:
+        # An adapter of this recipe has to have the shape the recipe says; somebody else's has its own. How much dropout
+        # is trained with is the recipe's word in both cases.
+        shape = model.adapter if isinstance(settings.policy, str) else None
+        roles.add_adapter(
+            role,
+            folder=begin.adapter,
+            revision=begin.adapter_revision,
+            settings=shape,
+            dropout=model.adapter.dropout,
+            with_head=role == "reward",
+            trainable=True,
+        )
+    else:
+        roles.add_adapter(role, settings=model.adapter, trainable=True, seed=settings.train.seed)
+    if role == "reward" and not roles.has_head(role):
+        roles.add_head(role, weight=score, seed=settings.train.seed)
+    return roles
 
 
 def _merged(job: Job, begin: start.Start, tokenizer: Any) -> start.Start:

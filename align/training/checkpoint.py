@@ -81,14 +81,27 @@ def _zero(stage: int) -> str:
 
 def gather_trainable(roles: Any) -> dict[str, Tensor]:
     """The trained tensors of a `RoleModel`, whole, on the CPU. Under ZeRO-3 every rank has to call it."""
-    parameters = [p for p in roles.parameters() if p.requires_grad]
-    context: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-    if any(hasattr(p, "ds_id") for p in parameters):
-        import deepspeed
-
-        context = deepspeed.zero.GatheredParameters(parameters)
-    with context:
+    with _whole(roles):
         return {name: t.detach().cpu().clone().contiguous() for name, t in roles.trainable_state().items()}
+
+
+def put_trainable(roles: Any, state: dict[str, Tensor]) -> None:
+    """Put what `gather_trainable` gave into the model itself; a launcher's optimizer and fp32 copies stay as they were.
+
+    Every rank has to call it, with the same tensors.
+    """
+    with _whole(roles, modifier_rank=0):
+        roles.load_trainable_state(state)
+
+
+def _whole(roles: Any, modifier_rank: int | None = None) -> contextlib.AbstractContextManager[Any]:
+    """The trained parameters of a `RoleModel` in one piece, also where ZeRO-3 took them apart."""
+    parameters = [p for p in roles.parameters() if p.requires_grad]
+    if not any(hasattr(p, "ds_id") for p in parameters):
+        return contextlib.nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=modifier_rank)
 
 
 def write_trainable(state: dict[str, Tensor], folder: Path) -> None:

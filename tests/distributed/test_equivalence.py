@@ -21,6 +21,8 @@ MODELS = {"nf4-lora": ("nf4", True), "full": ("none", False), "lora": ("none", T
 CASES = [
     *((kind, model, launcher) for kind in ("sft", "dpo") for model in ("nf4-lora", "full") for launcher in LAUNCHERS),
     ("dpo", "lora", "zero3"),
+    *(("reward", "nf4-lora", launcher) for launcher in LAUNCHERS),
+    *(("reward", "full", launcher) for launcher in ("none", "zero2", "zero3")),
 ]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from align.data.chat import Completion, Example
 from align.logps import head
 from align.logps.cache import RowCache
-from align.methods import get_method
+from align.methods import Method, get_method
 from align.models import load_base, new_base, train_tokenizer
 from align.models.platform import prepare_process
 from align.models.roles import RoleModel
@@ -23,7 +23,7 @@ from align.training.reference import References
 from align.training.schedule import Schedule
 from align.training.step import Step
 from align.training.trainer import AlignTrainer
-from align.types import Batch
+from align.types import Batch, Needs
 from tests.methods.batches import config_of
 
 VOCAB = 300
@@ -57,6 +57,18 @@ def random_examples(n: int, completions: int, seed: int = 0, longest: int = 24) 
     return out
 
 
+def examples_of(method: Method, n: int, seed: int = 0) -> list[Example]:
+    """Random examples of a method's batch kind; ranked ones have two to four candidates, some of them equally good."""
+    if method.batch is not Batch.RANKED:
+        return random_examples(n, 2 if method.batch is Batch.PAIRED else 1, seed)
+    found = random_examples(n, 4, seed)
+    counts = torch.randint(2, 5, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [
+        replace(e, completions=e.completions[:k], scores=(3.0, 1.0, 1.0, 2.0)[:k])
+        for e, k in zip(found, counts, strict=True)
+    ]
+
+
 @dataclass
 class Run:
     """One tiny training run, to be made on any number of ranks."""
@@ -85,8 +97,7 @@ class Run:
         head.TILE_ELEMENTS = self.tile_elements
         self.work.mkdir(parents=True, exist_ok=True)
         method = get_method(self.kind)
-        examples = random_examples(24, (2 if method.batch is Batch.PAIRED else 1))
-        held_out = random_examples(self.validation, (2 if method.batch is Batch.PAIRED else 1), seed=1)
+        examples, held_out = examples_of(method, 24), examples_of(method, self.validation, seed=1)
         settings = TrainSettings(
             max_steps=self.steps, global_batch_size=6, learning_rate=self.learning_rate, lr_scheduler=self.scheduler,
             warmup_ratio=0, log_every_steps=1, save_every_steps=self.save_every,
@@ -103,15 +114,17 @@ class Run:
         roles = RoleModel(
             load_base(self.base, quantization=self.quantization), gradient_checkpointing=self.checkpointing
         )
-        role = None
+        role, trained = None, "reward" if Needs.REWARDS in method.needs else "policy"
         if self.adapter:
-            roles.add_adapter("policy", settings=LoraSettings(rank=4, alpha=8), trainable=True, seed=0)
+            roles.add_adapter(trained, settings=LoraSettings(rank=4, alpha=8), trainable=True, seed=0)
             if method.reference:
                 roles.add_adapter("reference", copy_of="policy", trainable=False)
                 role = "reference"
         else:
-            roles.train_base()
+            roles.train_base(trained)
             role = "policy" if method.reference else None
+        if trained == "reward":
+            roles.add_head(trained, seed=0)
         references = None
         if method.reference:
             cache = RowCache(self.reference_rows or self.work / "reference")
