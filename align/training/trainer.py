@@ -179,7 +179,8 @@ class AlignTrainer(Trainer):
 
     def _prepare_engine(self, causal_lm: Any, *_: Any) -> None:
         """Prove the engine on the model, and choose how sequences are packed. (ZeRO-3 passes on no plain words.)"""
-        check_head(causal_lm)
+        if self.step.role == "policy":  # a reward passes through no language model's head, and may have none
+            check_head(causal_lm)
         dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.model.modules())
         packing = choose_packing(causal_lm, dropout=dropout, wanted=self.step.config.train.packing)
         self.step = replace(self.step, packing=packing)
