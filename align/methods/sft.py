@@ -12,11 +12,11 @@ from __future__ import annotations
 from typing import Literal
 
 from align.methods import method
-from align.spec.stages import TokensStage
+from align.spec.stages import Engined, TokensStage
 from align.types import Batch, LossOutput, Needs, Term, TokensLogps
 
 
-class SFT(TokensStage):
+class SFT(TokensStage, Engined):
     """Settings of `kind: sft`."""
 
     kind: Literal["sft"] = "sft"

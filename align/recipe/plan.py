@@ -26,7 +26,7 @@ from align.recipe.sizes import ModelSize, cached_folder, size_of_architecture, s
 from align.recipe.sources import base_folder
 from align.spec.base import StageRef
 from align.spec.model import LoraSettings, ModelSettings
-from align.spec.stages import CompareStage, Referenced, TrainedStage, reference_of
+from align.spec.stages import CompareStage, Referenced, TrainedStage, engine_of, reference_of
 from align.types import Batch
 
 GIB = 2**30
@@ -256,16 +256,31 @@ class _Planner:
         checkpoint = weights + trained * (ADAM_BYTES + (2 * MASTER_BYTES if deepspeed else 0))
         best = 2 * weights if train.validation is not None and train.validation.keep == "best" else 0
         # One more than is kept: the next is whole before the oldest goes. A merged base is made in the work folder.
-        return weights + merged, (train.keep_checkpoints + 1) * checkpoint + best + merged
+        kept = train.keep_checkpoints + 1 if engine_of(stage) == "align" else 0
+        return weights + merged, kept * checkpoint + best + merged
 
     # Notes -----------------------------------------------------------------------------------------------------------
 
     def notes(self, node: Node) -> tuple[str, ...]:
         return tuple(
             note
-            for note in (self.second_copy(node), self.merging(node), self.positions(node), self.unknown(node))
+            for note in (
+                self.peer(node),
+                self.second_copy(node),
+                self.merging(node),
+                self.positions(node),
+                self.unknown(node),
+            )
             if note
         )
+
+    def peer(self, node: Node) -> str:
+        """What is different where TRL trains."""
+        if engine_of(node.stage) == "align":
+            return ""
+        note = "trained by TRL: no checkpoints are kept, so if it is stopped it starts again"
+        full = node.model is not None and node.model.adapter == "none"
+        return note + ("; the reference is a second copy" if full and isinstance(node.stage, Referenced) else "")
 
     def second_copy(self, node: Node) -> str:
         """Full fine-tuning moves the base, so a reference that is another stage needs a base of its own."""

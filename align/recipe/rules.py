@@ -22,7 +22,7 @@ from align.recipe.sizes import positions_of_folder
 from align.recipe.sources import base_folder
 from align.recipe.validate import combine
 from align.spec.model import Architecture, LoraSettings
-from align.spec.stages import TrainedStage
+from align.spec.stages import TrainedStage, engine_of
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,20 @@ def _heads(node: Node) -> bool:
     return bool(a.hidden_size % (2 * a.heads) or a.heads % (a.kv_heads or a.heads))
 
 
+def _trl(node: Node) -> bool:
+    return engine_of(node.stage) == "trl"
+
+
+def _trl_head(node: Node) -> bool:
+    adapter = node.model.adapter if node.model is not None else None
+    return _trl(node) and isinstance(adapter, LoraSettings) and "lm_head" in adapter.targets
+
+
+def _trl_best(node: Node) -> bool:
+    validation = node.stage.train.validation if _trl(node) and isinstance(node.stage, TrainedStage) else None
+    return validation is not None and (validation.keep == "best" or validation.patience is not None)
+
+
 RULES: tuple[Rule, ...] = (
     Rule(
         "quantised-full",
@@ -128,6 +142,46 @@ RULES: tuple[Rule, ...] = (
         "all heads have the same width, an even one (rotary positions turn pairs), and share key-value heads evenly",
         "choose hidden_size as a multiple of 2 x heads, and kv_heads as a divisor of heads",
     ),
+    Rule(
+        "trl-processes",
+        ("launch.processes", "stage.engine"),
+        "`engine: trl` with several `processes`",
+        lambda node: _trl(node) and node.launch.processes > 1,
+        "TRL would deal the examples of a step to other ranks than align does; the peer runs in one process",
+        "write launch: {processes: 1} in this stage",
+    ),
+    Rule(
+        "trl-deepspeed",
+        ("launch.deepspeed", "stage.engine"),
+        "`engine: trl` with `deepspeed`",
+        lambda node: _trl(node) and node.launch.deepspeed != "none",
+        "the peer runs without DeepSpeed",
+        "write launch: {deepspeed: none} in this stage",
+    ),
+    Rule(
+        "trl-best",
+        ("stage.train.validation.keep", "stage.train.validation.patience", "stage.engine"),
+        "`engine: trl` with `validation: {keep: best}` or `patience`",
+        _trl_best,
+        "the peer keeps no checkpoints, so it ends with its last weights",
+        "write keep: last and no patience",
+    ),
+    Rule(
+        "trl-head",
+        ("model.adapter.targets", "stage.engine"),
+        "`engine: trl` with an adapter on `lm_head`",
+        _trl_head,
+        "TRL multiplies by the head's own weight, so an adapter on it would not be trained",
+        "leave lm_head out of targets",
+    ),
+    Rule(
+        "trl-reduction",
+        ("stage.reduction", "stage.engine"),
+        "`engine: trl` with `reduction: sequence_mean`",
+        lambda node: _trl(node) and getattr(node.stage, "reduction", "") == "sequence_mean",
+        "TRL's SFT has the mean over tokens alone",
+        "write reduction: token_mean, or engine: align",
+    ),
 )
 
 
@@ -161,6 +215,8 @@ def _error(rule: Rule, node: Node, loaded: LoadedRecipe) -> RecipeError:
 def _shown(value: Any) -> str:
     if isinstance(value, LoraSettings):
         return value.kind
+    if isinstance(value, list):
+        return f"[{', '.join(value)}]"
     return {None: "unset", True: "true", False: "false"}.get(value, str(value))
 
 

@@ -25,6 +25,7 @@ from align.runner.job import make_job
 from align.runner.launch import RESUME, Preempted, Worker
 from align.runner.progress import MetricsTail, StageProgress, clock
 from align.runner.results import keep_results, run_results, show_results
+from align.spec.stages import engine_of
 
 POLL_SECONDS = 0.2
 RESUME_FORCED = "run it again without --from to resume"
@@ -94,6 +95,7 @@ def run_recipe(
     check_rules(graph)
     _reachable(graph)
     _trackers(loaded)
+    _engines(graph, store)
     nodes = _selected(graph, until)
     again = _forced(graph, nodes, from_)
     folder = RunFolder.of(loaded.recipe.name)
@@ -135,6 +137,17 @@ def _trackers(loaded: LoadedRecipe) -> None:
                 f"the recipe reports to {name}, and the package {name} is not installed",
                 where=loaded.where("logging", "report_to", i),
                 fix=f"pip install {name}, or take it out of logging.report_to",
+            )
+
+
+def _engines(graph: Graph, store: Store) -> None:
+    """The same for TRL, where a stage that is still to run asks for it."""
+    for node in graph.nodes.values():
+        if engine_of(node.stage) == "trl" and not store.folder(node.fingerprint).exists() and not find_spec("trl"):
+            raise LaunchError(
+                f"stage `{node.name}` has engine trl, and the package trl is not installed",
+                where=graph.loaded.where("stages", node.name, "engine"),
+                fix="pip install 'align[trl]', or write engine: align",
             )
 
 

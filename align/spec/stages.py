@@ -68,6 +68,18 @@ class Referenced(Settings):
     """The frozen policy: a stage, declared and never guessed (adapters off is the base, not the SFT policy)."""
 
 
+class Engined(Settings):
+    """Mixed into the stages that TRL can train too."""
+
+    engine: Literal["align", "trl"] = "align"
+    """What trains the stage: align's own trainer, or TRL's, as a peer to check it against (needs the extra `trl`)."""
+
+
+def engine_of(settings: Settings) -> str:
+    """What trains the stage."""
+    return settings.engine if isinstance(settings, Engined) else "align"
+
+
 def reference_of(settings: Settings) -> str | None:
     """The stage whose policy is the reference; None for a method without one, and for `reference: null`."""
     return getattr(settings, "reference", None)

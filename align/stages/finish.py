@@ -9,6 +9,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from align.artifacts.manifest import Manifest, PolicyRecord, hardware, library_versions
 from align.artifacts.store import Store
 from align.data import DataReport
@@ -20,7 +22,6 @@ from align.spec.stages import TrainedStage
 from align.stages.memory import peak_memory
 from align.stages.reward import Judgement
 from align.stages.start import Start
-from align.training.trainer import AlignTrainer
 
 
 def publish_policy(
@@ -31,8 +32,9 @@ def publish_policy(
     roles: RoleModel,
     begin: Start,
     record: PolicyRecord,
-    trainer: AlignTrainer,
     tokenizer: Any,
+    state: Mapping[str, Tensor],
+    steps: int,
     reports: Mapping[str, DataReport],
     judgement: Judgement | None = None,
     seconds: float,
@@ -46,8 +48,9 @@ def publish_policy(
         roles: The model that was trained.
         begin: Where the model started; a merged base is taken along.
         record: What the manifest says of the model.
-        trainer: After `fit`.
         tokenizer: Saved beside the weights.
+        state: The trained tensors, whole.
+        steps: Optimizer steps that were taken.
         reports: Data name -> what was read, dropped and quarantined.
         judgement: What became of a reward model.
         seconds: Wall time of the stage in this process.
@@ -64,7 +67,7 @@ def publish_policy(
         tokenizer=tokenizer,
         base_reference=base,
         base_revision=begin.revision,
-        state=trainer.final_state,
+        state=state,
     )
     shutil.copy(work / "metrics.jsonl", folder / "metrics.jsonl")
     data = {name: report.model_dump(mode="json") for name, report in reports.items()}
@@ -86,7 +89,7 @@ def publish_policy(
         metrics=_last_values(work / "metrics.jsonl") | (judgement.metrics if judgement else {}),
         wall_seconds=seconds,
         peak_memory_bytes=peak_memory(),
-        steps=trainer.state.global_step,
+        steps=steps,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
     write_card(folder, manifest)

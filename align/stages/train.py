@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from align.artifacts.manifest import PolicyRecord
 from align.artifacts.store import Store
@@ -20,7 +19,7 @@ from align.data.check import training_texts
 from align.methods import Method, get_method
 from align.methods.pretrain import Pretrain
 from align.methods.reward import Reward
-from align.models.base import load_base, new_base
+from align.models.base import load_base, new_base, without_dropout
 from align.models.platform import compute_dtype, device
 from align.models.rewards import load_reward_base
 from align.models.roles import RoleModel
@@ -28,7 +27,7 @@ from align.models.save import MODEL, empty_scorer, merge_adapter
 from align.models.tokenizer import load_tokenizer, train_tokenizer
 from align.spec.job import Job
 from align.spec.model import ModelSettings
-from align.spec.stages import PolicyStage, Referenced, TrainedStage
+from align.spec.stages import PolicyStage, Referenced, TrainedStage, engine_of
 from align.stages import start
 from align.stages.finish import publish_policy
 from align.stages.reference import find_references, read_second_copy
@@ -82,6 +81,14 @@ def run(job: Job, settings: TrainedStage, store: Store, report: Any) -> None:
         samples = (
             draw_samples(job, settings, store, examples, tokenizer, report) if isinstance(settings, Reward) else ()
         )
+        if engine_of(settings) == "trl":
+            from align.stages.peer.run import train_with_trl
+
+            assert isinstance(settings, PolicyStage)
+            begin = _merged(job, start.of_policy(job, settings, store), tokenizer)
+            sets = (examples, validation)
+            train_with_trl(job, settings, store, begin, tokenizer, sets, data_report, began=began, report=report)
+            return
         step = Step(method, settings, settings.train.pack_tokens)
         asked = {"train": examples, "validation": validation}
         references = read_second_copy(job, settings, store, asked, report)
@@ -124,8 +131,9 @@ def run(job: Job, settings: TrainedStage, store: Store, report: Any) -> None:
                 roles=opened.roles,
                 begin=opened.begin,
                 record=opened.record,
-                trainer=trainer,
                 tokenizer=tokenizer,
+                state=trainer.final_state,
+                steps=trainer.state.global_step,
                 reports=data_report,
                 judgement=judgement,
                 seconds=time.monotonic() - began,
@@ -211,7 +219,7 @@ def _with_trained_role(settings: PolicyStage, model: ModelSettings, begin: start
         empty_scorer(base.config)  # told now and not after the training
     else:
         base = load_base(source, quantization=model.quantization, dtype=model.dtype, revision=begin.revision)
-    _no_dropout(base)
+    without_dropout(base)
     roles = RoleModel(base, gradient_checkpointing=model.gradient_checkpointing)
     if model.adapter == "none":
         roles.train_base(role)
@@ -257,12 +265,3 @@ def _merged(job: Job, begin: start.Start, tokenizer: Any) -> start.Start:
         partial.rename(folder)
     collectives.barrier()
     return start.Start(str(folder / MODEL), job.fingerprint, "stage")
-
-
-def _no_dropout(base: nn.Module) -> None:
-    """Policy and reference must agree at step 0; a base's own dropout would keep them apart. LoRA's is a setting."""
-    for module in base.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            setattr(module, "attention_dropout", 0.0)  # noqa: B010

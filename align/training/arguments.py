@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +36,19 @@ def training_arguments(
     use_cpu: bool,
     deepspeed: dict[str, Any] | None,
     run_name: str = "align",
+    config: Callable[..., TrainingArguments] = TrainingArguments,
+    **own: Any,
 ) -> TrainingArguments:
     """Build the arguments.
 
     `use_cpu` is not a convenience: without it two CPU ranks would train two independent models. With ZeRO-3 this has
-    to be called before the model is loaded.
+    to be called before the model is loaded. `own` are arguments of another class, `config`, and what it overrides.
     """
     validation = settings.validation
     # Naming a backend makes accelerate expect a process group, which one plain process does not have.
     backend = ("gloo" if use_cpu else "nccl") if dist.is_initialized() else None
-    args = TrainingArguments(
+    shared = partial(  # what is given again overrides it
+        config,
         output_dir=str(work / "staging"),
         run_name=run_name,
         per_device_train_batch_size=1,
@@ -78,6 +83,7 @@ def training_arguments(
         disable_tqdm=True,
         report_to=list(logging.report_to) or "none",
     )
+    args = shared(**own)
     if args.n_gpu > 1:
         args._n_gpu = 1  # one process drives one GPU; the Trainer would wrap the model in DataParallel otherwise
     return args

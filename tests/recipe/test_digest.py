@@ -106,6 +106,7 @@ SFT_ON = ["sft", "dpo", "last"]
         ("rows.jsonl, format: alpaca", "rows.jsonl, format: alpaca, limit: 3", SFT_ON),
         ("data: rows}", "data: rows, train: {seed: 1}}", SFT_ON),
         ("data: rows}", "data: rows, reduction: sequence_mean}", SFT_ON),
+        ("data: rows}", "data: rows, engine: trl}", SFT_ON),
         ("format: pairs", "format: pairs, columns: {chosen: good}", ["dpo", "last"]),
         ("data: pairs}", "data: pairs, beta: 0.2}", ["dpo", "last"]),
         ("data: pairs}", "data: pairs, model: {dtype: bfloat16}}", ["dpo", "last"]),

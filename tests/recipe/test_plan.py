@@ -157,6 +157,15 @@ def test_disk_is_all_new_artifacts_and_the_largest_set_of_checkpoints(check: Che
     assert make_plan(check(SEVEN), lambda fingerprint: True).disk_needed == 0
 
 
+def test_the_peer_keeps_no_checkpoints(check: Check) -> None:
+    text = FULL.replace("REFERENCE", "sft")
+    ours, peers = (plan_of(check(text, f"stages.sft.engine={engine}"))["sft"] for engine in ("align", "trl"))
+    assert ours.scratch > peers.scratch == 0
+    assert ours.disk == peers.disk
+    assert ours.notes == ()
+    assert peers.notes[0].startswith("trained by TRL: no checkpoints")
+
+
 # --- notes -------------------------------------------------------------------------------------------------------
 
 FULL = """

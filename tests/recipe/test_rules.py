@@ -26,6 +26,8 @@ stages:
 launch: {processes: 2}
 """
 
+ALONE = ["stages.sft.engine=trl", "stages.sft.launch={processes: 1}"]
+
 BROKEN = {
     "quantised-full": (
         ["model.adapter=none"],
@@ -60,6 +62,31 @@ BROKEN = {
         ["stages.base.architecture={heads: 3}"],
         "--set stages.base.architecture=",
         "stage `base` has heads 3 with hidden_size 128 with kv_heads unset",
+    ),
+    "trl-processes": (
+        ["stages.sft.engine=trl"],
+        "recipe.yaml:15: launch.processes",
+        "stage `sft` has processes 2 with engine trl",
+    ),
+    "trl-deepspeed": (
+        ["stages.sft.engine=trl", "stages.sft.launch={deepspeed: zero2}"],
+        "--set stages.sft.launch=",
+        "stage `sft` has deepspeed zero2 with engine trl",
+    ),
+    "trl-best": (
+        [*ALONE, "stages.sft.train.validation={patience: 2}"],
+        "--set stages.sft.train.validation=",
+        "stage `sft` has keep last with patience 2 with engine trl",
+    ),
+    "trl-head": (
+        [*ALONE, "model.adapter.targets=[q_proj, lm_head]"],
+        "--set model.adapter.targets=",
+        "stage `sft` has targets [q_proj, lm_head] with engine trl",
+    ),
+    "trl-reduction": (
+        [*ALONE, "stages.sft.reduction=sequence_mean"],
+        "--set stages.sft.reduction=sequence_mean",
+        "stage `sft` has reduction sequence_mean with engine trl",
     ),
 }
 
@@ -100,6 +127,7 @@ def test_a_combination_is_refused_with_its_place_values_and_fix(check: Check, ru
         ["model.adapter=none", "model.quantization=none"],
         ["stages.sft.model={adapter: {kind: lora, rank: 4, alpha: 8, dropout: 0.1}}"],
         ["stages.base.architecture={heads: 8, kv_heads: 2}"],
+        [*ALONE, "stages.sft.train.validation={every_steps: 5}"],
     ],
     ids=" ".join,
 )

@@ -139,6 +139,16 @@ def test_a_tracker_that_is_installed_passes(
     run_recipe(recipe, overrides=[f"logging.report_to=[{name}]"], console=Console(quiet=True))
 
 
+def test_trl_that_is_not_installed_is_told_before_anything_runs(recipe: Path, packages: Path) -> None:
+    recipe.write_text(recipe.read_text().replace("{kind: sft,", "{kind: sft, engine: trl,"))
+    with pytest.raises(LaunchError) as told:
+        run_recipe(recipe, console=Console(quiet=True))
+    assert told.value.exit_code == 4
+    assert "stages.sft.engine: stage `sft` has engine trl, and the package trl is not installed" in str(told.value)
+    assert "pip install 'align[trl]'" in str(told.value)
+    assert not Path("runs").exists()
+
+
 def test_a_failing_worker_ends_the_run_with_its_own_error(recipe: Path, finish, console: Console) -> None:
     """The real worker, on rows that are all bad."""
     (recipe.parent / "rows.jsonl").write_text('{"prompt": "a"}\n' * 8)

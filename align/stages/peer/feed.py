@@ -1,0 +1,119 @@
+"""align's examples, in align's order, as the batches that TRL's trainers compute their losses from.
+
+TRL gets a data set of numbers, and this turns numbers into tensors: nothing is tokenised, cut or masked a second time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from align.data.chat import Example
+from align.errors import DataError
+from align.training.schedule import Schedule
+from align.types import Batch
+
+ROWS = {Batch.TOKENS: 1, Batch.PAIRED: 2, Batch.UNPAIRED: 1, Batch.RANKED: 2}
+"""Rows of a forward pass that one example takes."""
+IGNORED = -100
+"""The label of a token that is not trained."""
+
+
+class EpochOrder(Sampler[int]):
+    """The examples in the order of align's schedule. The Trainer tells it which epoch begins."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule, self.epoch = schedule, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.schedule.examples
+
+    def __iter__(self) -> Iterator[int]:
+        first = self.epoch * self.schedule.steps_per_epoch
+        for step in range(first, first + self.schedule.steps_per_epoch):
+            yield from self.schedule.indices(step)
+
+
+class Feed:
+    """Collates numbers of examples into a batch of the trainer of one batch kind, padded on the right.
+
+    Args:
+        kind: What an example is made of.
+        examples: What the numbers count.
+        pad_token_id: Fills rows up; it is masked everywhere.
+    """
+
+    def __init__(self, kind: Batch, examples: Sequence[Example], pad_token_id: int) -> None:
+        self.kind, self.examples, self.pad_token_id = kind, examples, pad_token_id
+
+    def __call__(self, rows: Sequence[dict[str, int]]) -> dict[str, Tensor]:
+        examples = [self.examples[row["number"]] for row in rows]
+        if self.kind is Batch.TOKENS:
+            ids, attention, mask = self._rows(examples, 0)
+            return {"input_ids": ids, "attention_mask": attention, "labels": ids.masked_fill(~mask, IGNORED)}
+        if self.kind is Batch.PAIRED:
+            return self._named("", examples, 0, 1)
+        raise NotImplementedError(self.kind)
+
+    def _named(self, prefix: str, examples: Sequence[Example], *which: int) -> dict[str, Tensor]:
+        ids, attention, mask = self._rows(examples, *which)
+        return {
+            f"{prefix}input_ids": ids,
+            f"{prefix}attention_mask": attention,
+            f"{prefix}completion_mask": mask.long(),
+        }
+
+    def _rows(self, examples: Sequence[Example], *which: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids, attention mask and mask of trained tokens of completions `which`: all first ones, then all second."""
+        pairs = [(e.prompt_ids, e.completions[k]) for k in which for e in examples]
+        return (
+            _padded([prompt + c.ids for prompt, c in pairs], self.pad_token_id),
+            _padded([[1] * (len(prompt) + len(c.ids)) for prompt, c in pairs], 0),
+            _padded([[0] * len(prompt) + list(map(int, c.mask)) for prompt, c in pairs], 0).bool(),
+        )
+
+
+def micro_batch(kind: Batch, examples: Sequence[Example], batch: int, pack_tokens: int) -> int:
+    """Examples of one forward pass: the largest divisor of the global batch whose rows fit into `pack_tokens`.
+
+    TRL's KTO estimates its KL term from what is in one forward pass, and align from the whole optimizer step: there it
+    is the whole batch, so that both estimate the same and a cosmetic setting changes no result.
+    """
+    if kind is Batch.UNPAIRED:
+        return batch
+    longest = max(len(e.prompt_ids) + max(len(c.ids) for c in e.completions) for e in examples)
+    fits = [n for n in range(1, batch + 1) if batch % n == 0 and n * ROWS[kind] * longest <= pack_tokens]
+    return max(fits, default=1)
+
+
+def refuse_weights(examples: Sequence[Example]) -> None:
+    """TRL has no weights of rows.
+
+    Raises:
+        DataError: A row has another weight than 1.
+    """
+    for example in examples:
+        if example.weight != 1.0:
+            raise DataError(
+                f"row {example.row} has weight {example.weight:g}, and TRL's trainers know no weights",
+                fix="leave the column out, or write engine: align",
+            )
+
+
+def numbers(first: int, count: int) -> Any:
+    """A `datasets.Dataset` of the numbers of `count` examples."""
+    from datasets import Dataset
+
+    return Dataset.from_dict({"number": list(range(first, first + count))})
+
+
+def _padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows], dtype=torch.long)

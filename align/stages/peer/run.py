@@ -1,0 +1,89 @@
+"""Executes a stage with `engine: trl`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from align.artifacts.store import Store
+from align.data import DataReport, Example
+from align.errors import TrainingError
+from align.spec.job import Job
+from align.spec.stages import PolicyStage
+from align.stages import start
+from align.stages.finish import publish_policy
+from align.stages.peer.feed import refuse_weights
+from align.stages.peer.policy import PeerPolicy
+from align.stages.peer.trainer import Watch, import_trl, make_trainer
+from align.training.metrics import MetricsFile
+from align.training.schedule import Schedule
+
+
+def train_with_trl(
+    job: Job,
+    settings: PolicyStage,
+    store: Store,
+    begin: start.Start,
+    tokenizer: Any,
+    examples: tuple[Sequence[Example], Sequence[Example]],
+    reports: Mapping[str, DataReport],
+    *,
+    began: float,
+    report: Any,
+) -> None:
+    """Train one stage with TRL and put its artifact into the store.
+
+    TRL's own checkpoints are pickles that nobody verifies, so none is kept: a stage that is stopped starts again.
+
+    Args:
+        job: The resolved stage.
+        settings: Its settings, parsed.
+        store: Where inputs are read and the artifact is added.
+        begin: Where the policy starts.
+        tokenizer: Of the base.
+        examples: What is trained on, and what is held out.
+        reports: Data name -> what was read, dropped and quarantined.
+        began: When the stage began, on the monotonic clock.
+        report: The worker's reporter.
+
+    Raises:
+        LaunchError: TRL is not installed.
+        DataError: The data has what TRL cannot express.
+        TrainingError: A number is not finite, or a signal asked for a stop.
+    """
+    import_trl()
+    refuse_weights([*examples[0], *examples[1]])
+    metrics = MetricsFile(Path(job.work) / "metrics.jsonl")
+    metrics.forget_after(0)
+    schedule = Schedule.of(settings.train, len(examples[0]))
+    policy = PeerPolicy(job, settings, begin)
+    watch = Watch(metrics, report, examples[0], schedule)
+    try:
+        trainer = make_trainer(job, settings, policy, store, tokenizer, examples, watch)
+        trainer.train()
+    finally:
+        watch.signals.close()
+    steps = trainer.state.global_step
+    if steps < schedule.total_steps and watch.signals.received is not None:
+        raise TrainingError(
+            f"stopped by a signal after step {steps}; engine: trl keeps no checkpoints",
+            fix="run the same command again: the stage starts from its beginning",
+        )
+    roles, state = policy.finished()
+    assert job.model is not None
+    origin = begin if policy.initial else start.itself(job)
+    publish_policy(
+        job,
+        settings,
+        store,
+        roles=roles,
+        begin=begin,
+        record=origin.record(job.model, adapter=bool(policy.initial)),
+        tokenizer=tokenizer,
+        state=state,
+        steps=steps,
+        reports=reports,
+        seconds=time.monotonic() - began,
+    )

@@ -1,0 +1,225 @@
+"""TRL's trainers on align's data: what is overridden is where batches come from, and what is done with numbers.
+
+Every setting of TRL that could change a number is written down here; its defaults are its own and may move.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from align.artifacts.store import Store
+from align.data.chat import Example
+from align.errors import LaunchError, TrainingError
+from align.methods import get_method
+from align.methods.sft import SFT
+from align.models.platform import compute_dtype, device
+from align.spec.job import Job
+from align.spec.stages import PolicyStage
+from align.stages.peer.feed import EpochOrder, Feed, micro_batch, numbers
+from align.stages.peer.policy import PeerPolicy
+from align.training.arguments import training_arguments
+from align.training.guards import FiniteGradients, StopRequest
+from align.training.metrics import MetricsFile
+from align.training.schedule import Schedule
+
+NAMES = {"rewards/accuracies": "rewards/accuracy", "rewards/margins": "rewards/margin"}
+"""What TRL calls it -> what align calls it; everything else keeps TRL's name."""
+
+
+def import_trl() -> Any:
+    """The package.
+
+    Raises:
+        LaunchError: It is not installed.
+    """
+    try:
+        import trl
+    except ImportError as error:
+        raise LaunchError(
+            f"`engine: trl` needs TRL, which cannot be imported: {error}", fix="pip install 'align[trl]'"
+        ) from error
+    return trl
+
+
+def classes(kind: str) -> tuple[Any, Any]:
+    """TRL's trainer and its config class for a kind of stage."""
+    trl = import_trl()
+    name = {"sft": "SFT"}[kind]
+    return getattr(trl, f"{name}Trainer"), getattr(trl, f"{name}Config")
+
+
+def own_arguments(settings: PolicyStage) -> dict[str, Any]:
+    """The arguments that only the trainer of this kind has."""
+    if isinstance(settings, SFT):
+        return {
+            "loss_type": "nll",
+            "packing": False,
+            "padding_free": False,
+            "completion_only_loss": False,  # the labels say which tokens are trained
+            "assistant_only_loss": False,
+            "shuffle_dataset": False,
+            "dataset_kwargs": {"skip_prepare_dataset": True},
+        }
+    raise NotImplementedError(type(settings).__name__)
+
+
+def arguments(job: Job, settings: PolicyStage, schedule: Schedule, micro: int) -> Any:
+    """TRL's config: align's own arguments, and what only TRL has."""
+    assert job.model is not None
+    full = job.model.adapter == "none"
+    return training_arguments(
+        settings.train,
+        work=Path(job.work),
+        total_steps=schedule.total_steps,
+        launch=job.launch,
+        logging=job.logging,
+        # An adapter on a bf16 base computes as align's does: itself in fp32, the base in the base's dtype.
+        bf16=full and compute_dtype(job.model.dtype) is torch.bfloat16,
+        use_cpu=device().type == "cpu",
+        deepspeed=None,
+        run_name=f"{job.recipe}/{job.stage}",
+        config=classes(job.kind)[1],
+        per_device_train_batch_size=micro,
+        per_device_eval_batch_size=micro,
+        gradient_accumulation_steps=settings.train.global_batch_size // micro,
+        train_sampling_strategy="sequential",  # of `EpochOrder`
+        gradient_checkpointing=job.model.gradient_checkpointing or None,  # False is told to be an old name
+        gradient_checkpointing_kwargs={"use_reentrant": False} if job.model.gradient_checkpointing else None,
+        activation_offloading=False,
+        max_length=None,
+        save_strategy="no",
+        **own_arguments(settings),
+    )
+
+
+class Watch(TrainerCallback):
+    """Metrics under align's names, progress, signals, and numbers that are not finite.
+
+    Args:
+        metrics: Where metrics are written.
+        report: The worker's reporter.
+        examples: What is trained on, to name rows.
+        schedule: In which order.
+    """
+
+    def __init__(self, metrics: MetricsFile, report: Any, examples: Sequence[Example], schedule: Schedule) -> None:
+        self.metrics, self.report, self.examples, self.schedule = metrics, report, examples, schedule
+        self.signals = StopRequest()
+        self.gradients: FiniteGradients | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        self.gradients = FiniteGradients(p for p in model.parameters() if p.requires_grad)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        logs = logs or {}
+        if "train_runtime" in logs:
+            return
+        if "loss" in logs:
+            self.report(state.global_step, state.max_steps, f"loss {logs['loss']:.4f}")
+        self.metrics.append({"step": state.global_step, **{_named(name): value for name, value in logs.items()}})
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.gradients is not None and self.gradients.pop():
+            self.refuse("gradient", state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.signals.received is not None:
+            control.should_training_stop = True
+
+    def refuse(self, what: str, step: int) -> None:
+        """Stop before the optimizer step, and say with which rows."""
+        rows = [self.examples[i].row for i in self.schedule.indices(step)]
+        raise TrainingError(
+            f"the {what} of step {step + 1} is not finite under engine: trl. Rows of the data in this batch: {rows}",
+            fix="lower learning_rate, look at these rows with `align data preview`, or use a wider dtype",
+        )
+
+
+def _named(name: str) -> str:
+    prefix = "eval_" if name.startswith("eval_") else ""
+    own = name.removeprefix(prefix)
+    return prefix + NAMES.get(own, own)
+
+
+def make_trainer(
+    job: Job,
+    settings: PolicyStage,
+    policy: PeerPolicy,
+    store: Store,
+    tokenizer: Any,
+    examples: tuple[Sequence[Example], Sequence[Example]],
+    watch: Watch,
+) -> Any:
+    """TRL's trainer of this kind of stage, reading align's examples.
+
+    Args:
+        job: The stage.
+        settings: Its settings, parsed.
+        policy: What is trained.
+        store: Where the reference is read.
+        tokenizer: TRL reads its special tokens and writes some; it gets a copy.
+        examples: What is trained on, and what is held out.
+        watch: The callback.
+    """
+    (trained, held_out), kind = examples, get_method(job.kind).batch
+    micro = micro_batch(kind, trained, settings.train.global_batch_size, settings.train.pack_tokens)
+    reference = policy.reference_model(store)
+    trainer = _peer(classes(job.kind)[0], watch)(
+        model=policy.model,
+        args=arguments(job, settings, watch.schedule, micro),
+        data_collator=Feed(kind, [*trained, *held_out], tokenizer.pad_token_id),
+        train_dataset=numbers(0, len(trained)),
+        eval_dataset=numbers(len(trained), len(held_out)) if held_out else None,
+        processing_class=copy.deepcopy(tokenizer),
+        callbacks=[watch],
+        **({} if reference is None else {"ref_model": reference}),
+    )
+    policy.settle(store)
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    return trainer
+
+
+def _peer(parent: Any, watch: Watch) -> Any:
+    """A trainer of TRL that takes its batches as they come and stops at a bad loss."""
+
+    class Peer(parent):
+        def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
+            return dataset
+
+        def _get_train_sampler(self, *_: Any, **__: Any) -> EpochOrder:
+            return EpochOrder(watch.schedule)
+
+        def _send_telemetry(self) -> None:
+            """Nothing is sent anywhere."""
+
+        def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+            samples, items = super().get_batch_samples(*args, **kwargs)
+            self.step_rows = sum(len(batch["input_ids"]) for batch in samples)
+            return samples, items
+
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            result = super().compute_loss(model, inputs, *args, **kwargs)
+            if not self.model.training or "labels" in inputs:  # of tokens: divided by those of the whole step
+                return result
+            # TRL takes the mean of the means of forward passes. The last step of an epoch may have passes of different
+            # size, whose rows would count differently; elsewhere this is a factor of 1.
+            share = len(inputs["input_ids"]) * self.current_gradient_accumulation_steps / self.step_rows
+            return result * share
+
+        def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+            loss: Tensor = super().training_step(*args, **kwargs)
+            if not math.isfinite(float(loss)):
+                watch.refuse("loss", self.state.global_step)
+            return loss
+
+    return Peer

@@ -1,0 +1,175 @@
+"""`engine: trl` against `engine: align`: the same curve, the same artifact, and what TRL cannot do is said."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from align.data.chat import Example
+from align.errors import DataError, LaunchError, TrainingError
+from align.stages.peer.feed import EpochOrder, micro_batch
+from align.stages.peer.trainer import import_trl
+from align.training.schedule import Schedule
+from align.types import Batch
+from bench.loss_curves import FULL, RECIPE, TOLERANCE, Curve, curve, largest
+from tests.training.worlds import random_examples
+
+pytest.importorskip("trl", reason="TRL is an extra: pip install align[trl]")
+
+SHORT = (
+    "stages.base.train.max_steps=10",
+    "stages.parent.train.max_steps=8",
+    "data.demonstrations.rows=43",
+    "data.preferences.rows=43",
+)
+BF16 = ("model.quantization=none", "model.dtype=bfloat16")
+MODELS = pytest.mark.parametrize("model", [(), FULL], ids=["nf4", "full"])
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the recipe of the benchmark; the store in it keeps what several tests start from."""
+    folder = tmp_path_factory.mktemp("peer")
+    (folder / "recipe.yaml").write_text(RECIPE)
+    return folder
+
+
+def run(world: Path, name: str, *overrides: str) -> tuple[Curve, Path]:
+    return curve(world / "recipe.yaml", name, world / "home", *SHORT, *overrides)
+
+
+def pair(world: Path, name: str, *overrides: str) -> tuple[tuple[Curve, Path], tuple[Curve, Path]]:
+    """Curve and artifact under align and under TRL."""
+    return run(world, name, *overrides), run(world, name, *overrides, f"stages.{name}.engine=trl")
+
+
+def short(name: str) -> tuple[str, ...]:
+    """Two epochs of 43 examples in steps of 8 and passes of 2; an epoch's last step has a pass of 2 and one of 1."""
+    return (f"stages.{name}.train.max_steps=12", f"stages.{name}.train.pack_tokens=500")
+
+
+@MODELS
+def test_sft_gives_the_same_losses(world: Path, model: tuple[str, ...]) -> None:
+    (ours, _), (peers, _) = pair(world, "sft", *short("sft"), *model)
+    assert len(ours.of()) == 12
+    assert largest(ours.of(), peers.of()) < TOLERANCE["sft"]
+    assert ours.of("grad_norm") == pytest.approx(peers.of("grad_norm"), rel=1e-3)
+    assert ours.of("learning_rate") == peers.of("learning_rate")
+    assert ours.of()[0] - ours.of()[-1] > 100 * TOLERANCE["sft"], "curves that stay where they are show nothing"
+
+
+def test_sft_in_bf16_stays_within_its_noise(world: Path) -> None:
+    (ours, _), (peers, _) = pair(world, "sft", *short("sft"), *BF16)
+    assert largest(ours.of(), peers.of()) < 2e-2
+
+
+@MODELS
+def test_the_artifact_is_one_of_aligns(world: Path, model: tuple[str, ...]) -> None:
+    (_, ours), (_, peers) = pair(world, "sft", *short("sft"), *model)
+    files = lambda folder: {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}  # noqa: E731
+    assert files(ours) == files(peers)
+    for name in files(ours):
+        if name.endswith(".safetensors"):
+            mine, theirs = load_file(ours / name), load_file(peers / name)
+            assert {k: t.dtype for k, t in mine.items()} == {k: t.dtype for k, t in theirs.items()}
+            assert max((mine[k] - theirs[k]).abs().max().item() for k in mine) < 1e-3
+        elif "/" in name:  # configurations, tokenizer, chat template
+            assert (ours / name).read_bytes() == (peers / name).read_bytes(), name
+    manifest = json.loads((peers / "manifest.json").read_text())
+    assert manifest["settings"]["engine"] == "trl"
+    assert manifest["steps"] == 12
+    policy = json.loads((ours / "manifest.json").read_text())["policy"]
+    assert manifest["policy"] == policy | {"base": manifest["fingerprint"] if model else policy["base"]}
+    assert "engine: trl" in (peers / "README.md").read_text()
+
+
+def test_validation_is_told_under_the_same_name(world: Path) -> None:
+    wanted = (*short("sft"), "stages.sft.train.validation={every_steps: 6, fraction: 0.2}")
+    lines = [
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines() if "eval_loss" in line]
+        for _, folder in pair(world, "sft", *wanted)
+    ]
+    assert [[line["step"] for line in each] for each in lines] == [[6, 12], [6, 12]]
+    # TRL takes the mean over held-out batches, align over all tokens.
+    assert lines[0][-1]["eval_loss"] == pytest.approx(lines[1][-1]["eval_loss"], abs=0.05)
+
+
+def kill_after(steps: int, works: Path, done: set[Path]) -> None:
+    """Send SIGTERM to this process once a stage that is not among `done` has logged so many steps."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        logs = [path.read_text() for path in works.glob("*/metrics.jsonl") if path not in done]
+        if any(log.count("\n") >= steps for log in logs):
+            break
+        time.sleep(0.02)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_signal_stops_at_a_step_and_the_stage_starts_again(world: Path) -> None:
+    run(world, "parent")
+    works = world / "home" / "work"
+    done, handler = set(works.glob("*/metrics.jsonl")), signal.getsignal(signal.SIGTERM)
+    for _ in range(2):
+        for log in set(works.glob("*/metrics.jsonl")) - done:
+            log.write_text("")
+        killer = threading.Thread(target=kill_after, args=(3, works, done))
+        killer.start()
+        with pytest.raises(TrainingError, match="stopped by a signal after step") as told:
+            run(world, "sft", "stages.sft.train.max_steps=5000", "stages.sft.engine=trl")
+        killer.join()
+        assert "starts from its beginning" in str(told.value)
+    (log,) = set(works.glob("*/metrics.jsonl")) - done
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    assert steps == list(range(1, len(steps) + 1))
+    assert 3 <= len(steps) < 5000
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+
+def test_a_number_that_is_not_finite_stops_it_with_the_rows(world: Path) -> None:
+    with pytest.raises(TrainingError, match=r"of step \d+ is not finite under engine: trl. Rows of the data .*\[\d+"):
+        run(world, "sft", "stages.sft.engine=trl", "stages.sft.train.learning_rate=1e30", *FULL)
+
+
+def test_rows_with_weights_are_refused(world: Path) -> None:
+    row = {"prompt": "say it", "completion": "said", "weight": 2.0}
+    (world / "weighted.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(DataError, match="row 1 has weight 2, and TRL"):
+        run(world, "sft", "stages.sft.engine=trl", "stages.sft.data=weighted",
+            "data.weighted={path: weighted.jsonl, format: prompt_completion}")  # fmt: skip
+
+
+def test_a_missing_trl_is_told_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "trl", None)
+    with pytest.raises(LaunchError, match="needs TRL") as told:
+        import_trl()
+    assert told.value.exit_code == 4
+    assert "pip install 'align[trl]'" in str(told.value)
+
+
+def test_the_order_is_that_of_the_schedule_in_every_epoch() -> None:
+    schedule = Schedule(examples=10, batch=4, total_steps=6, seed=3)
+    order = EpochOrder(schedule)
+    for epoch in range(2):
+        order.set_epoch(epoch)
+        assert list(order) == [i for step in range(3 * epoch, 3 * epoch + 3) for i in schedule.indices(step)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "pack_tokens", "expected"),
+    [(Batch.TOKENS, 10_000, 12), (Batch.TOKENS, 200, 4), (Batch.PAIRED, 200, 2), (Batch.TOKENS, 1, 1),
+     (Batch.UNPAIRED, 1, 12)],
+)  # fmt: skip
+def test_a_pass_holds_as_many_examples_as_fit_and_divide_the_batch(
+    kind: Batch, pack_tokens: int, expected: int
+) -> None:
+    examples: list[Example] = random_examples(40, 2, longest=24)
+    assert 40 < max(len(e.prompt_ids) + max(len(c.ids) for c in e.completions) for e in examples) < 50
+    assert micro_batch(kind, examples, 12, pack_tokens) == expected
