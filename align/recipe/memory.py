@@ -18,7 +18,7 @@ MASTER_BYTES = 4
 """Trained weights are updated in fp32."""
 ADAM_BYTES = 8
 """Two fp32 moments per trained parameter."""
-TILE_ELEMENTS = 2**24
+TILE_ELEMENTS = 2**22
 """Logits that exist at once; see `align/logps/head.py`."""
 TILE_COPIES = 3
 """Their compute-dtype and fp32 values and their gradient."""
@@ -41,6 +41,7 @@ def training_memory(
     pack_tokens: int,
     compute_bytes: int,
     frozen_adapters: int = 0,
+    scores: bool = False,
 ) -> Parts:
     """Bytes of one rank of a training stage, at its peak.
 
@@ -51,6 +52,7 @@ def training_memory(
         pack_tokens: Tokens of one forward pass.
         compute_bytes: Bytes of a number in the compute dtype.
         frozen_adapters: Adapters beside the trained one: the reference's.
+        scores: Whether a scalar head is trained instead of log-probabilities being taken: there are no logits then.
     """
     zero, ranks = 0 if launch.deepspeed == "none" else int(launch.deepspeed[-1]), launch.processes
 
@@ -58,7 +60,8 @@ def training_memory(
         return ranks if zero >= stage else 1
 
     lora = model.adapter if isinstance(model.adapter, LoraSettings) else None
-    trained = size.parameters if lora is None else size.adapter_parameters(lora)
+    adapter = 0 if lora is None else size.adapter_parameters(lora)
+    trained = (adapter or size.parameters) + (size.hidden if scores else 0)
     # DeepSpeed trains in the compute dtype beside an fp32 copy; without it the weights themselves are fp32.
     weight = compute_bytes if zero else MASTER_BYTES
     master = MASTER_BYTES if zero else 0
@@ -68,13 +71,13 @@ def training_memory(
     parts = {
         "base": base // shared_from(3),
         "trained weights": trained * weight // shared_from(3),
-        "frozen adapters": frozen_adapters * trained * weight // shared_from(3) if lora else 0,
+        "frozen adapters": frozen_adapters * adapter * weight // shared_from(3),
         "gradients": trained * weight * buckets // shared_from(2),
         "optimizer": trained * (ADAM_BYTES + master) // shared_from(1),
         "autocast": trained * compute_bytes if lora is None and weight > compute_bytes else 0,
         "gathered": min(whole, whole * LIVE_PARAMETERS // size.parameters) if shared_from(3) > 1 else 0,
         "activations": _activations(size, model, pack_tokens, compute_bytes),
-        "head": TILE_COPIES * 4 * min(pack_tokens * size.vocabulary, TILE_ELEMENTS),
+        "head": 0 if scores else TILE_COPIES * 4 * min(pack_tokens * size.vocabulary, TILE_ELEMENTS),
     }
     return {name: bytes_ for name, bytes_ in parts.items() if bytes_}
 

@@ -96,7 +96,7 @@ def job_files(graph: Graph, nodes: Sequence[Node], home: Path) -> Iterator[list[
         paths = []
         for number, node in enumerate(nodes):
             job = make_job(graph, node, home=home, work=Path(folder))
-            job = job.model_copy(update={"data": graph.loaded.recipe.data})
+            job = job.model_copy(update={"data": {**graph.loaded.recipe.data, **job.data}})
             path = Path(folder) / f"{number}.json"
             path.write_text(job.model_dump_json())
             paths.append(str(path))

@@ -63,7 +63,7 @@ class Architecture(Settings):
     heads: PositiveInt = 4
     kv_heads: PositiveInt | None = None
     """Key-value heads; as many as `heads` if absent."""
-    max_positions: PositiveInt = 512
+    max_positions: PositiveInt = 1024
     tie_embeddings: bool = True
     initializer_range: PositiveFloat = 0.02
     """Standard deviation of the random weights. A small model learns to copy from its prompt much sooner with 0.1."""

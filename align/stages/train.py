@@ -121,24 +121,26 @@ def run(job: Job, settings: TrainedStage, store: Store, report: Any) -> None:
             keep_checkpoints=settings.train.keep_checkpoints,
             report=report,
         )
-        trainer.fit()
-        judgement = judge(trainer, settings, samples, report) if isinstance(settings, Reward) else None
-        if collectives.rank() == 0:
-            publish_policy(
-                job,
-                settings,
-                store,
-                roles=opened.roles,
-                begin=opened.begin,
-                record=opened.record,
-                tokenizer=tokenizer,
-                state=trainer.final_state,
-                steps=trainer.state.global_step,
-                reports=data_report,
-                judgement=judgement,
-                seconds=time.monotonic() - began,
-            )
-        collectives.barrier()
+        try:
+            trainer.fit()
+            judgement = judge(trainer, settings, samples, report) if isinstance(settings, Reward) else None
+            if collectives.rank() == 0:
+                publish_policy(
+                    job,
+                    settings,
+                    store,
+                    roles=opened.roles,
+                    begin=opened.begin,
+                    record=opened.record,
+                    trainer=trainer,
+                    tokenizer=tokenizer,
+                    reports=data_report,
+                    judgement=judgement,
+                    seconds=time.monotonic() - began,
+                )
+            collectives.barrier()
+        finally:
+            trainer.stop_request.close()
 
 
 def _tokenizer(job: Job, settings: TrainedStage, store: Store) -> Any:

@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from align.methods import all_methods
 from tests.distributed.ranks import RankError, run_ranks
 from tests.training.worlds import Run, fit, save_tiny_base
 
@@ -18,11 +19,13 @@ pytest.importorskip("deepspeed")
 
 LAUNCHERS = ["none", "zero1", "zero2", "zero3"]
 MODELS = {"nf4-lora": ("nf4", True), "full": ("none", False), "lora": ("none", True)}
+OTHERS = sorted(all_methods().keys() - {"pretrain", "sft", "dpo", "reward"})
 CASES = [
     *((kind, model, launcher) for kind in ("sft", "dpo") for model in ("nf4-lora", "full") for launcher in LAUNCHERS),
     ("dpo", "lora", "zero3"),
     *(("reward", "nf4-lora", launcher) for launcher in LAUNCHERS),
     *(("reward", "full", launcher) for launcher in ("none", "zero2", "zero3")),
+    *((kind, "nf4-lora", launcher) for kind in OTHERS for launcher in ("zero2", "zero3")),
 ]
 
 

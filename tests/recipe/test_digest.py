@@ -168,7 +168,7 @@ def test_a_recipe_gives_the_same_from_anywhere(tmp_path: Path, monkeypatch: pyte
     assert golden(tmp_path / "b") == before
 
 
-COSMETIC = {"pack_tokens": 64, "log_every_steps": 3, "save_every_steps": 3, "keep_checkpoints": 3}
+COSMETIC = {"pack_tokens": 64, "packing": "rows", "log_every_steps": 3, "save_every_steps": 3, "keep_checkpoints": 3}
 COUNTS = {
     "epochs": 2.5,
     "max_steps": 3,

@@ -59,6 +59,8 @@ def random_examples(n: int, completions: int, seed: int = 0, longest: int = 24) 
 
 def examples_of(method: Method, n: int, seed: int = 0) -> list[Example]:
     """Random examples of a method's batch kind; ranked ones have two to four candidates, some of them equally good."""
+    if method.batch is Batch.UNPAIRED:  # the second completion is another prompt's
+        return [replace(e, scores=(float(i % 3 > 0),)) for i, e in enumerate(random_examples(n, 2, seed))]
     if method.batch is not Batch.RANKED:
         return random_examples(n, 2 if method.batch is Batch.PAIRED else 1, seed)
     found = random_examples(n, 4, seed)
