@@ -17,7 +17,7 @@ from align.recipe.suggest import did_you_mean, nearest
 from align.spec.base import DataRef, HubAdapter, StageRef
 from align.spec.data import RECORDS_OF_CONVERSION, RECORDS_OF_FORMAT, DataSource, can_convert, records_of
 from align.spec.model import LoraSettings, ModelSettings
-from align.spec.stages import CompareStage, PolicyStage, TrainedStage
+from align.spec.stages import CompareStage, PolicyStage
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 RESERVED = ("logs",)
@@ -88,7 +88,7 @@ class _Check:
             )
         elif self.stages[reference.name].produces != mark.produces:
             produces = self.stages[reference.name].produces
-            yield self._error(loc, f"`{reference.name}` produces a {produces}, not a {mark.produces}", known)
+            yield self._error(loc, f"`{reference.name}` produces {_a(produces)}, not {_a(mark.produces)}", known)
 
     def _data(self, name: str, loc: Loc, reference: Reference, mark: DataRef) -> Iterator[RecipeError]:
         fitting = [each for each, source in self.data.items() if _held(source, mark) in mark.records]
@@ -188,8 +188,8 @@ class _Check:
                 loc, f"stage `{name}` cannot be its own base", f"give stage `{name}` a `model.base` of its own"
             )
         elif base in self.stages and base not in self.bases:
-            adapter = isinstance(self.stages[base], TrainedStage)
-            why = "trains an adapter" if adapter else "trains nothing"
+            adapter, reward = (self.stages[base].produces == each for each in ("policy", "reward"))
+            why = "trains an adapter" if adapter else "trains a reward model" if reward else "trains nothing"
             known = ", ".join(others) or "a Hub model"
             fix = f"write `policy: {base}` in the stages that go on from it" if adapter else f"one of: {known}"
             yield self._error(loc, f"`{base}` {why}, it is no base", fix)
@@ -235,6 +235,10 @@ def _conversions(source: DataSource, mark: DataRef) -> str:
     held = RECORDS_OF_FORMAT[source.format]
     ways = [how for how, (takes, gives) in RECORDS_OF_CONVERSION.items() if held in takes and gives in mark.records]
     return f"; or write `convert: {' | '.join(ways)}` in `{source.format}` data" if ways else ""
+
+
+def _a(produces: str) -> str:
+    return "a reward model" if produces == "reward" else f"a {produces}"
 
 
 def looks_like_path(name: str) -> bool:

@@ -24,7 +24,7 @@ SAME_IN_ADAPTERS = ("rank", "alpha", "targets", "rslora")
 
 @dataclass(frozen=True)
 class Policy:
-    """The model that a stage ends with.
+    """The model that a stage ends with: a policy, or a reward model, whose head no other stage asks for.
 
     Attributes:
         base: The base: a stage of the recipe, a folder, a Hub name, or ``parent+child`` for a merged one.
@@ -198,8 +198,10 @@ def declared_model(loaded: LoadedRecipe, name: str, stage: PolicyStage) -> Model
 
 
 def trains_base(loaded: LoadedRecipe, name: str) -> bool:
-    """Whether a stage ends with a model of its own, which others can take for their base."""
+    """Whether a stage ends with a language model of its own, which others can take for their base."""
     stage = loaded.stages[name]
+    if stage.produces != "policy":
+        return False
     if not isinstance(stage, PolicyStage):
         return isinstance(stage, TrainedStage)
     model = declared_model(loaded, name, stage)

@@ -209,6 +209,7 @@ class _Planner:
             pack_tokens=min(max(train.pack_tokens, example), share),
             compute_bytes=self.bytes_of(model),
             frozen_adapters=self.frozen_adapters(node),
+            scores=stage.produces == "reward",
         )
 
     def frozen_adapters(self, node: Node) -> int:
@@ -250,6 +251,7 @@ class _Planner:
             return None, 0
         lora = model.adapter if isinstance(model.adapter, LoraSettings) else None
         trained = size.adapter_parameters(lora) if lora else size.parameters
+        trained += size.hidden if stage.produces == "reward" else 0
         deepspeed = node.launch.deepspeed != "none"
         weights = trained * (self.bytes_of(model) if deepspeed else MASTER_BYTES)
         merged = size.parameters * self.bytes_of(model) if model.merge_parent else 0
