@@ -15,7 +15,7 @@ TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help quickstart quickstart-seeds real test lint format clean
+.PHONY: help quickstart quickstart-seeds quickstart-methods real test lint format clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -25,6 +25,9 @@ quickstart: $(INSTALLED) ## pretrain, SFT, DPO and a comparison of a small model
 
 quickstart-seeds: $(INSTALLED) ## the quickstart with three seeds and with shuffled labels as a control
 	@$(BIN)/python -m bench.quickstart_seeds
+
+quickstart-methods: $(INSTALLED) ## every preference method from one SFT policy, three seeds, gold reward with intervals
+	@$(BIN)/python -m bench.quickstart_methods
 
 real: $(INSTALLED) ## a recipe on a published model (RECIPE=recipes/real/...)
 	@$(BIN)/align run $(RECIPE)
