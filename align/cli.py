@@ -147,16 +147,23 @@ def results(
     as_json: Annotated[bool, typer.Option("--json", help="Candidates and their intervals as JSON.")] = False,
     stage: Annotated[str | None, typer.Option("--stage", metavar="STAGE", help="Which comparison, of several.")] = None,
 ) -> None:
-    """Show what the comparison of the last run in this folder found."""
+    """Show what the comparison of the last run in this folder found, and how good its reward models are."""
     from align.recipe import load_recipe
-    from align.report.table import results_table
+    from align.report.table import results_table, rewards_table
     from align.runner.folder import RunFolder
-    from align.runner.results import one_comparison
+    from align.runner.results import one_comparison, run_evaluations, run_results
 
-    found = one_comparison(RunFolder.of(load_recipe(recipe).recipe.name), stage)
+    folder = RunFolder.of(load_recipe(recipe).recipe.name)
+    rewards = run_evaluations(folder) if stage is None else {}
+    alone = bool(rewards) and not run_results(folder)  # a recipe may end with a reward model
+    found = {} if alone else one_comparison(folder, stage)
     if as_json:
-        typer.echo(json.dumps({"candidates": found["candidates"]}, indent=2))
-    else:
+        candidates = {} if alone else {"candidates": found["candidates"]}
+        typer.echo(json.dumps(candidates | ({"rewards": rewards} if rewards else {}), indent=2))
+        return
+    if rewards:
+        _console().print(rewards_table(rewards))
+    if found:
         _console().print(results_table(found))
 
 

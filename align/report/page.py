@@ -18,6 +18,7 @@ from align.report.charts import comparison_figures, single_values, training_figu
 from align.report.graph import graph_plot
 from align.report.read import Json, RunFiles, StageFiles, read_run
 from align.report.remarks import lengths, remarks
+from align.report.rewards import reward_figures, reward_values
 from align.spec.stages import CompareStage
 
 _YAML_LINE = re.compile(r"^(?P<indent>\s*(?:- )?)(?P<key>[\w.-]+:)?(?P<value>.*?)(?P<comment>(?:^|\s)#.*)?$")
@@ -153,29 +154,31 @@ def _stage(run: RunFiles, stage: StageFiles) -> Json:
             ("Peak memory", numbers.size(made.peak_memory_bytes)),
             *([("Seed", str(made.seed))] if made.seed is not None else []),
         ]
+    facts += reward_values(stage.evaluation, stage.normalization)
     facts += single_values(stage.metrics)
     return {
         "stage": stage,
         "anchor": _anchor(run, stage),
         "facts": facts,
-        "figures": training_figures(stage.metrics),
+        "figures": reward_figures(stage.evaluation) + training_figures(stage.metrics),
         "policy": _policy(run, stage),
     }
 
 
 def _policy(run: RunFiles, stage: StageFiles) -> str:
-    """What the stage's policy is made of, in words."""
-    record = stage.manifest.policy if stage.manifest else None
+    """What the stage's policy, or reward model, is made of, in words."""
+    record = stage.manifest.trained if stage.manifest else None
     if record is None:
         return ""
+    head = " and a scalar head" if stage.manifest and stage.manifest.reward else ""
     if not record.adapter:
-        return "every parameter trained"
+        return "every parameter trained" + (", a scalar head too" if head else "")
     names = {s.manifest.fingerprint: name for name, s in run.stages.items() if s.manifest}
     base = names.get(record.base, record.base)
     lora = record.model.adapter
     rank = "" if lora == "none" else f" of rank {lora.rank}"
     quantization = "" if record.model.quantization == "none" else f", {record.model.quantization}"
-    return f"LoRA adapter{rank} on {base}{quantization}"
+    return f"LoRA adapter{rank}{head} on {base}{quantization}"
 
 
 def _data(stage: StageFiles) -> Iterator[Json]:

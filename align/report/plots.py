@@ -1,4 +1,4 @@
-"""Plots as inline SVG: lines over steps, points with interval bars, and rows of intervals.
+"""Plots as inline SVG: lines over steps, points with interval bars, rows of intervals, and how sure against how right.
 
 Colours come from the page's style sheet, so that a plot follows the reader's light or dark setting; marker shapes and
 dashes say the same again for readers who do not tell colours apart.
@@ -106,6 +106,27 @@ def scatter_plot(points: Sequence[Point], *, title: str, x_label: str, y_label: 
     names = [_cut(p.name) for p in points]
     for i, (at_x, at_y) in enumerate(_beside(anchors, [BOLD_CHARACTER * len(n) for n in names], width)):
         add(root, "text", f"value {colour(i)}", names[i], x=at_x, y=at_y + 4)
+    return markup(root)
+
+
+def reliability_plot(points: Sequence[tuple[float, float, int]], *, title: str) -> str:
+    """How often a model is right against how sure it is; on the dashed diagonal the two agree.
+
+    Args:
+        points: (mean probability of its own choice, share that is right, number of pairs); at least one.
+        title: What a screen reader says.
+    """
+    root = canvas(WIDTH, HEIGHT, title)
+    x = Scale.over([0.5, 1.0], LEFT, WIDTH - RIGHT)
+    y = Scale.over([0.5, 1.0, *(right for _, right, _ in points)], HEIGHT - BOTTOM, TOP)
+    axes(root, x, y, "probability of its choice")
+    add(root, "line", "reference", x1=x(0.5), x2=x(1.0), y1=y(0.5), y2=y(1.0))
+    most = max(n for *_, n in points)
+    for sure, right, n in points:
+        group = add(root, "g", colour(0))
+        tip(group, f"{fixed(sure, 2)} sure, {fixed(right, 2)} right, of {n} pairs")
+        add(group, "line", "bar", x1=x(sure), x2=x(sure), y1=y(sure), y2=y(right))
+        marker(group, 0, "mark", x(sure), y(right), radius=2.5 + 4 * math.sqrt(n / most))
     return markup(root)
 
 

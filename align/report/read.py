@@ -33,6 +33,8 @@ class StageFiles:
         data: Content of `data.json`: data entry -> report.
         results: Content of `results.json` of a comparison.
         samples: Lines of `samples.jsonl` of a comparison.
+        evaluation: Content of `evaluation.json` of a reward model.
+        normalization: Content of its `normalization.json`.
     """
 
     name: str
@@ -46,6 +48,8 @@ class StageFiles:
     data: Json = field(default_factory=dict)
     results: Json | None = None
     samples: list[Json] = field(default_factory=list)
+    evaluation: Json = field(default_factory=dict)
+    normalization: Json = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,8 @@ def _stage(folder: Path, name: str, settings: Json, record: Json) -> StageFiles:
         data={name: report for name, report in _json(place / "data.json").items() if isinstance(report, dict)},
         results=results if isinstance(results.get("candidates"), dict) else None,
         samples=[line for line in _lines(place / "samples.jsonl") if isinstance(line.get("answers"), dict)],
+        evaluation=_json(place / "evaluation.json"),
+        normalization=_json(place / "normalization.json"),
     )
 
 

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from align.report.numbers import MISSING, as_interval, column_decimals, count, fixed, metric_heading, metrics_of, span
 from align.report.remarks import remarks
+from align.report.rewards import reward_values
 from align.report.verdict import MARKS, Results, direction, is_by_definition, legend, percent
 
 ARROW_STYLES = {1: "bold", 0: "", -1: "bold"}
@@ -52,6 +53,22 @@ def _cell(results: Results, candidate: str, metric: str, value: Any) -> Text:
     places, sign = column_decimals(results, metric), direction(results, candidate, metric)
     mean = Text(f"{fixed(interval.mean, places)} {MARKS[sign] or ' '}", style=ARROW_STYLES[sign])
     return mean.append(f"\n{span(interval, places)}", style="dim not bold")
+
+
+def rewards_table(evaluations: Mapping[str, Mapping[str, Any]]) -> Table:
+    """One column per reward model, one row per number of its evaluation.
+
+    Args:
+        evaluations: Stage -> content of its `evaluation.json`.
+    """
+    columns = {stage: dict(reward_values(evaluation)) for stage, evaluation in evaluations.items()}
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("reward model", no_wrap=True)
+    for stage in columns:
+        table.add_column(stage, justify="right")
+    for heading in dict.fromkeys(heading for own in columns.values() for heading in own):
+        table.add_row(Text(heading), *(Text(own.get(heading, MISSING)) for own in columns.values()))
+    return table
 
 
 def data_table(reports: Mapping[str, Mapping[str, Any]]) -> Table:

@@ -1,4 +1,4 @@
-"""What the comparisons of a run found, read from the files they left."""
+"""What the comparisons of a run found, and how good its reward models are, read from the files they left."""
 
 from __future__ import annotations
 
@@ -16,11 +16,20 @@ Results = dict[str, Any]
 
 def run_results(folder: RunFolder) -> dict[str, Results]:
     """Content of `results.json` of every comparison of a run folder, by stage, in the order of the recipe."""
+    return _contents(folder, "results.json")
+
+
+def run_evaluations(folder: RunFolder) -> dict[str, Results]:
+    """Content of `evaluation.json` of every reward model of a run folder, by stage, in the order of the recipe."""
+    return _contents(folder, "evaluation.json")
+
+
+def _contents(folder: RunFolder, name: str) -> dict[str, Results]:
     links, record = folder.links(), folder.read_record()
-    ordered = [name for name in (record.stages if record else ()) if name in links]
-    ordered += [name for name in links if name not in ordered]
-    files = {name: links[name] / "results.json" for name in ordered}
-    return {name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()}
+    ordered = [stage for stage in (record.stages if record else ()) if stage in links]
+    ordered += [stage for stage in links if stage not in ordered]
+    files = {stage: links[stage] / name for stage in ordered}
+    return {stage: json.loads(file.read_text()) for stage, file in files.items() if file.is_file()}
 
 
 def one_comparison(folder: RunFolder, stage: str | None = None) -> Results:
@@ -59,8 +68,10 @@ def keep_results(folder: RunFolder) -> None:
 
 
 def show_results(folder: RunFolder, console: Console) -> None:
-    """Print the table of every comparison of a run; nothing where there is none."""
-    from align.report.table import results_table
+    """Print what every reward model and every comparison of a run found; nothing where there is none."""
+    from align.report.table import results_table, rewards_table
 
+    if evaluations := run_evaluations(folder):
+        console.print(rewards_table(evaluations))
     for results in run_results(folder).values():
         console.print(results_table(results))
