@@ -36,7 +36,7 @@ KEY_DIGITS = 32
 class PolicyKey(Settings):
     """Everything but the tokens that a log-probability depends on, by content."""
 
-    engine: int = ENGINE
+    engine: int = Field(default_factory=lambda: ENGINE)
     base: str
     """Digest of its weights and configuration, or its Hub name at a commit."""
     quantization: str

@@ -122,7 +122,7 @@ class RowCache:
 
     def tidy(self) -> None:
         """Remove what killed writers left behind. The caller holds the lock."""
-        for path in self.folder.glob("." + SHARD.format("*")):
+        for path in self.folder.glob("." + SHARD.format("*") + ".*"):
             path.unlink(missing_ok=True)
 
     def keep_complete(self, rows_id: str, rows: int) -> None:

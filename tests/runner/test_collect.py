@@ -70,3 +70,42 @@ def test_a_dry_run_only_tells(stored) -> None:
     text = console.export_text()
     assert all(str(each.path) in text for each in removed)
     assert text.rstrip().endswith("would be freed")
+
+
+@pytest.fixture
+def rows(recipe: Path, stored, graph: Graph, align_home: Path) -> Path:
+    """Reference log-probabilities of the policy `sft`."""
+    from align.artifacts.reference import PolicyKey
+
+    store, owner = Store(align_home), graph.nodes["sft"].fingerprint
+    key = PolicyKey(base="b", quantization="none", dtype="float32", adapter="a", tokenizer="t")
+    folder = store.references.open(key, owner, {store.folder(owner).name: store.folder(owner)})
+    (folder / "rows-1.safetensors").write_bytes(b"x" * 3_000_000)
+    return folder
+
+
+def collected(*arguments: object, **options: bool) -> str:
+    console = Console(record=True, width=200)
+    collect(*arguments, console=console, **options)
+    return console.export_text()
+
+
+def test_reference_log_probs_stay_with_their_policy_and_are_told(recipe: Path, rows: Path) -> None:
+    text = collected([recipe])
+    assert text.splitlines() == ["3.0 MB of reference log-probs stay (--references drops them)", "0 bytes freed"]
+    assert rows.is_dir()
+
+
+def test_they_go_on_request(recipe: Path, rows: Path, stored) -> None:
+    assert "would be freed" in collected([recipe], references=True, dry_run=True)
+    assert rows.is_dir()
+    text = collected([recipe], references=True)
+    assert [line.split()[0] for line in text.splitlines()] == ["reference", "3.0"]
+    assert not rows.exists()
+    assert stored() == ALL
+
+
+def test_they_go_with_their_policy(rows: Path) -> None:
+    kinds = [line.split()[0] for line in collected([]).splitlines()]
+    assert kinds == ["artifact", "artifact", "artifact", "reference", "3.0"]
+    assert not rows.exists()
