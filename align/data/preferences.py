@@ -266,6 +266,8 @@ def unpaired(number: int, columns: Columns) -> Unpaired:
     else:
         messages = columns.messages(name)
         prompt, completion = messages[:-1], messages[-1:]
+        if completion[0]["role"] != "assistant":
+            raise BadRow(f"`{name}` does not end with the assistant")
         if not prompt:
             raise BadRow(f"`{name}` has no prompt")
     prompt = columns.with_system(prompt)

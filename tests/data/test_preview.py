@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,26 @@ def test_records_of_other_formats(tmp_path: Path, format: str, row: dict[str, st
     assert positions == sorted(positions)
 
 
+RANKED = {"prompt": "why", "responses": ["so", "no", "hm"], "scores": [1, 2.5, -1], "target": "thus"}
+LABELLED = [{"prompt": "why", "completion": "so", "label": True}, {"prompt": "how", "completion": "no", "label": 0}]
+
+
+def in_order(text: str, *words: str) -> bool:
+    return re.search(".*".join(map(re.escape, words)), text, re.DOTALL) is not None
+
+
+def test_records_of_judged_answers(tmp_path: Path) -> None:
+    source = lines(tmp_path / "ranked.jsonl", RANKED, format="ranked")
+    text = shown(preview_records(source, tmp_path, 3))
+    assert in_order(text, "why", "score 1", "so", "score 2.5", "no", "score -1", "hm", "target", "thus")
+    pairs = shown(preview_records(source.model_copy(update={"convert": "adjacent_pairs"}), tmp_path, 3))
+    assert in_order(pairs, "chosen", "no", "rejected", "so", "target", "thus", "chosen", "so", "rejected", "hm")
+    margin = lines(tmp_path / "pairs.jsonl", PAIR | {"margin": 0.5}, format="pairs")
+    assert "line 1, weight 2, margin 0.5" in shown(preview_records(margin, tmp_path, 3))
+    single = shown(preview_records(lines(tmp_path / "one.jsonl", *LABELLED, format="unpaired"), tmp_path, 3))
+    assert in_order(single, "why", "desirable", "so", "how", "undesirable", "no")
+
+
 def test_no_records_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no row has `text`"):
         preview_records(lines(tmp_path / "rows.jsonl", {"txt": "x"}, format="text"), tmp_path, 3)
@@ -84,6 +105,34 @@ def test_masks_of_a_pair_and_what_is_cut(tmp_path: Path) -> None:
     assert "chosen ⟦so" in text
     assert "⟧ (truncated)" in text
     assert "rejected ⟦no<|im_end|>⟧" in text
+
+
+def test_masks_of_judged_answers(tmp_path: Path) -> None:
+    source = lines(tmp_path / "ranked.jsonl", RANKED, format="ranked")
+    text = masks(source, Batch.RANKED, tmp_path, target=True)
+    assert in_order(text, "score 1 ⟦so", "score 2.5 ⟦no", "score -1 ⟦hm", "target ⟦thus")
+    assert "target" not in masks(source, Batch.RANKED, tmp_path)
+    pairs = source.model_copy(update={"convert": "best_worst"})
+    assert in_order(masks(pairs, Batch.RANKED, tmp_path, target=True), "chosen ⟦no", "rejected ⟦hm", "target ⟦thus")
+    single = masks(lines(tmp_path / "one.jsonl", *LABELLED, format="unpaired"), Batch.UNPAIRED, tmp_path)
+    assert in_order(single, "desirable ⟦so", "of another prompt, not trained ⟦no", "undesirable ⟦no")
+
+
+def test_reports_of_judged_answers(tmp_path: Path) -> None:
+    def told(source: FileData, batch: Batch) -> str:
+        tokenizer = tokenizer_of("chatml")
+        _, report = load_examples(source, batch=batch, tokenizer=tokenizer, max_tokens=99, folder=tmp_path)
+        return " ".join(shown(report_tables("d", report)).replace("│", " ").split())
+
+    source = lines(tmp_path / "ranked.jsonl", RANKED, RANKED | {"scores": [1, 1, None]}, format="ranked")
+    ranked = told(source, Batch.RANKED)
+    assert "candidates 3 " in ranked
+    assert "dropped: all candidates tied -1" in ranked
+    pairs = told(source.model_copy(update={"convert": "all_pairs"}), Batch.PAIRED)
+    assert "rows read 2 made of them by `convert` besides +2 dropped: all candidates tied -1 examples 3" in pairs
+    assert "candidates 6" not in pairs
+    single = lines(tmp_path / "one.jsonl", *LABELLED, LABELLED[0] | {"label": 0}, format="unpaired")
+    assert "desirable 1 judgements that another one turns round 2" in told(single, Batch.UNPAIRED)
 
 
 def test_reports_add_up(tmp_path: Path) -> None:
