@@ -172,6 +172,7 @@ def _examples(
         tokenizer=tokenizer,
         max_tokens=settings.train.max_tokens,
         loss_on=loss_on,
+        target=getattr(settings, "target", "") == "column",
         folder=Path(job.folder),
         quarantine=quarantine,
     )
