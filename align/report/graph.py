@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from align.report.read import RunFiles
+from align.report.numbers import count, duration
+from align.report.read import RunFiles, StageFiles
 from align.report.svg import add, canvas, markup, tip
 
 BOX_HEIGHT, BOX_WIDTH = 46, 84
 COLUMN_GAP, ROW_GAP, MARGIN = 56, 18, 2
 CHARACTER = 7.6
 SWEEPS = 4
+COST = ("reference/computed", "reference/reused", "reference/seconds")
+"""Metrics, logged once, of what a stage's reference took."""
 
 
 @dataclass
@@ -57,9 +60,66 @@ def stage_parents(run: RunFiles) -> dict[str, dict[str, list[str]]]:
     return parents
 
 
+@dataclass(frozen=True)
+class ReferenceFiles:
+    """Reference log-probabilities that some stages share, as far as their metrics tell.
+
+    Attributes:
+        policy: The stage whose policy is the reference.
+        users: Stage -> metrics of what they cost it; empty before it has them.
+    """
+
+    policy: str
+    users: dict[str, dict[str, float]]
+
+    @property
+    def state(self) -> str:
+        return "done" if any(self.users.values()) else "waiting"
+
+    @property
+    def story(self) -> str:
+        """What it cost whom."""
+        return "; ".join(f"{name}: {_cost(cost)}" for name, cost in self.users.items())
+
+
+def reference_nodes(run: RunFiles) -> dict[str, ReferenceFiles]:
+    """`policy@data` -> the log-probabilities of that policy on that data."""
+    found: dict[str, ReferenceFiles] = {}
+    for name, stage in run.stages.items():
+        policy, data = stage.settings.get("reference"), stage.settings.get("data")
+        if isinstance(policy, str) and isinstance(data, str) and policy in run.stages and policy != name:
+            node = found.setdefault(f"{policy}@{data}", ReferenceFiles(policy, {}))
+            node.users[name] = {key: value for line in stage.metrics[:1] for key, value in line.items() if key in COST}
+    return {name: node for name, node in found.items() if name not in run.stages}
+
+
+def _with_references(
+    parents: dict[str, dict[str, list[str]]], nodes: Mapping[str, ReferenceFiles]
+) -> dict[str, dict[str, list[str]]]:
+    """The parents with reference nodes between a policy and the stages that read them; these lose their direct edge."""
+    joined = parents | {name: {node.policy: []} for name, node in nodes.items()}
+    for name, node in nodes.items():
+        for user in node.users:
+            above = {parent: keys for parent, keys in parents[user].items() if parent != node.policy}
+            joined[user] = {name: ["reference"], **above}
+    return joined
+
+
+def _cost(cost: Mapping[str, float]) -> str:
+    if not cost:
+        return "not yet"
+    rows = {word: cost.get(f"reference/{word}", 0.0) for word in ("computed", "reused")}
+    told = [f"{count(number)} {word}" for word, number in rows.items() if number]
+    return f"{', '.join(told) or 'no'} rows in {duration(cost.get('reference/seconds', 0.0))}"
+
+
 def graph_plot(run: RunFiles) -> str:
     """The stages as boxes with links to their sections, the graph running from left to right."""
-    parents = stage_parents(run)
+    nodes = reference_nodes(run)
+    shown = {name: StageFiles(name, "reference log-probs", node.state) for name, node in nodes.items()}
+    made_from = stage_parents(run)
+    parents = _with_references(made_from, nodes)
+    run = replace(run, stages=run.stages | shown)
     columns = _columns(parents)
     _order(columns)
     width_of = [max((_box_width(s, run) for s in column), default=0.0) for column in columns]
@@ -76,7 +136,7 @@ def graph_plot(run: RunFiles) -> str:
     for i, column in enumerate(columns):
         for spot in column:
             if spot.name is not None:
-                _box(root, run, spot.name, parents[spot.name], starts[i], spot.y, _box_width(spot, run))
+                _box(root, run, spot.name, made_from.get(spot.name, {}), starts[i], spot.y, nodes.get(spot.name))
     return markup(root)
 
 
@@ -171,11 +231,20 @@ def _edge(root: ET.Element, x1: float, y1: float, x2: float, y2: float, *, arrow
 
 
 def _box(
-    root: ET.Element, run: RunFiles, name: str, parents: Mapping[str, list[str]], x: float, y: float, width: float
+    root: ET.Element,
+    run: RunFiles,
+    name: str,
+    parents: Mapping[str, list[str]],
+    x: float,
+    y: float,
+    node: ReferenceFiles | None,
 ) -> None:
-    stage = run.stages[name]
-    link = add(root, "a", href=f"#stage-{list(run.stages).index(name)}")
+    stage, width = run.stages[name], _box_width(Spot(name, 0), run)
+    # What has no section of its own leads to the stage that computed it.
+    section = name if node is None else max(node.users, key=lambda user: node.users[user].get(COST[0], 0.0))
+    link = add(root, "a", href=f"#stage-{list(run.stages).index(section)}")
     made = "; ".join(f"{', '.join(keys) or 'made from'}: {parent}" for parent, keys in parents.items())
+    made = made if node is None else node.story
     tip(link, f"{name} ({stage.kind or 'unknown kind'}), {stage.state}" + (f"; {made}" if made else ""))
     add(link, "rect", f"box {stage.state}", x=x, y=y - BOX_HEIGHT / 2, width=width, height=BOX_HEIGHT, rx=7)
     add(link, "text", "name", name, x=x + 12, y=y - 3)

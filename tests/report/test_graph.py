@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from align.report.graph import graph_plot, stage_parents
+from align.report.graph import graph_plot, reference_nodes, stage_parents
 from align.report.read import RunFiles, StageFiles, read_run
 
 
@@ -58,10 +58,11 @@ def test_manifests_name_the_parents_afterwards(run: Any) -> None:
 def test_parents_stand_left_and_no_box_covers_another(recipe: dict[str, Any]) -> None:
     run = files(recipe)
     placed = boxes(graph_plot(run))
-    assert set(placed) == set(recipe["stages"])
-    for name, above in stage_parents(run).items():
-        for parent in above:
-            assert placed[parent][0] + placed[parent][2] < placed[name][0]
+    assert set(placed) == {*recipe["stages"], "sft@pairs"}
+    edges = [(parent, name) for name, above in stage_parents(run).items() for parent in above]
+    edges += [("sft", "sft@pairs"), *(("sft@pairs", f"m{i}") for i in range(5))]
+    for parent, name in edges:
+        assert placed[parent][0] + placed[parent][2] < placed[name][0]
     rows = list(placed.values())
     for i, (x, y, w, h) in enumerate(rows):
         for x2, y2, w2, h2 in rows[i + 1 :]:
@@ -84,3 +85,39 @@ def test_a_circle_in_a_broken_recipe_does_not_hang() -> None:
 def test_a_strange_name_stays_text(tmp_path: Path) -> None:
     name = '<i onclick="x">단계'
     assert set(boxes(graph_plot(files({"stages": {name: {"kind": "sft"}}})))) == {name}
+
+
+def tips(svg: str) -> dict[str, tuple[str, str]]:
+    """Box -> where it leads, and what it tells."""
+    found = {}
+    for link in ET.fromstring(svg).iter("a"):
+        name, title = link.find("text"), link.find("title")
+        assert name is not None
+        assert title is not None
+        found[str(name.text)] = (str(link.get("href")), str(title.text))
+    return found
+
+
+def test_reference_log_probs_are_a_box_of_their_own_that_tells_their_cost() -> None:
+    run = files(FAN)
+    for name, computed, reused in (("m0", 0, 12_000), ("m1", 12_000, 0), ("m2", 40, 11_960)):
+        cost = {"reference/computed": computed, "reference/reused": reused, "reference/seconds": 31.0}
+        run.stages[name].metrics.extend([{"step": 0, **cost}, {"step": 1, "loss": 0.6}])
+    shown = tips(graph_plot(run))
+    link, told = shown["sft@pairs"]
+    assert link == f"#stage-{list(FAN['stages']).index('m1')}", "to the stage that computed most of them"
+    assert told == (
+        "sft@pairs (reference log-probs), done; m0: 12,000 reused rows in 31.0 s; m1: 12,000 computed rows in 31.0 s; "
+        "m2: 40 computed, 11,960 reused rows in 31.0 s; m3: not yet; m4: not yet"
+    )
+    assert shown["m0"][1].endswith("policy, reference: sft"), "what it is made from is told as before"
+
+
+def test_a_policy_straight_to_a_method_without_reference() -> None:
+    stages = {**FAN["stages"], "free": {"kind": "simpo", "policy": "sft", "data": "pairs"}}
+    run = files({"model": FAN["model"], "stages": stages})
+    nodes = reference_nodes(run)
+    assert {name: list(node.users) for name, node in nodes.items()} == {"sft@pairs": [f"m{i}" for i in range(5)]}
+    assert nodes["sft@pairs"].state == "waiting"
+    placed = boxes(graph_plot(run))
+    assert placed["free"][0] < placed["m0"][0]
