@@ -69,6 +69,7 @@ def _type(annotation: Any) -> str:
     text = inspect.formatannotation(annotation)
     text = re.sub(r"\b(?:align|typing|annotated_types)(?:\.\w+)*\.(\w+)", r"\1", text)
     text = re.sub(r"Annotated\[(\w+), [^\]]*\]", r"\1", text)
+    text = re.sub(r"Optional\[([^\[\]]*)\]", r"\1 | None", text)
     text = re.sub(r"Union\[([^\]]*)\]", lambda m: m[1].replace(", ", " | "), text)
     return f"`{_cell(text)}`"
 

@@ -11,7 +11,7 @@ code turns the -100 of its labels into 0 in place before it counts, so that both
 of the prompt's rows: the prompt and its longest candidate. A loss does not see how long a prompt is, so `compat:
 official` divides by the length of the longest candidate alone. That is the published code times
 (prompt tokens + longest candidate) / longest candidate: the same factor for both terms of a prompt, another for each
-prompt. Its weight w is 1 in the scripts that were run, and 100 by default.
+prompt. The authors' w is 1 in the scripts that they ran, and 100 by default.
 """
 
 from __future__ import annotations
