@@ -28,9 +28,8 @@ from peft import AutoPeftModelForSequenceClassification
 from transformers import AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("adapter")
-model = AutoPeftModelForSequenceClassification.from_pretrained(
-    "adapter", num_labels=1, pad_token_id=tokenizer.pad_token_id{quantization}
-)
+config = {{"num_labels": 1, "pad_token_id": tokenizer.pad_token_id}}
+model = AutoPeftModelForSequenceClassification.from_pretrained("adapter", **config{quantization})
 """
 LOAD_REWARD_MODEL = """\
 from transformers import AutoModelForSequenceClassification
@@ -42,8 +41,8 @@ A prompt and its completion, as the chat template writes them and up to and incl
 `model(**batch).logits[:, 0]`, higher is better. transformers scores the last token that is not padding, so the pad \
 token has to be another than EOS."""
 NORMALIZED = """\
-Where align itself uses this model, the reward becomes (r - {mean:.6g}) / {std:.6g}: mean 0 and standard deviation 1 \
-over {n} completions ({on}), see `normalization.json`."""
+Where align itself uses this model, the reward becomes (r {sign} {mean:.6g}) / {std:.6g}: mean 0 and standard \
+deviation 1 over {n} completions ({on}), see `normalization.json`."""
 QUANTIZATION = {
     "none": "",
     "int8": ", quantization_config=BitsAndBytesConfig(load_in_8bit=True)",
@@ -123,8 +122,11 @@ def _loading(manifest: Manifest) -> str:
 def _scoring(folder: Path) -> str:
     """How to use a reward model, and the scale of its rewards."""
     found = read_normalization(folder)
-    scale = NORMALIZED.format(mean=found.mean, std=found.std, n=found.n, on=found.on) if found.n else ""
-    return f"{SCORING} {scale}".rstrip()
+    if not found.n:
+        return SCORING
+    sign = "-" if found.mean >= 0 else "+"
+    scale = NORMALIZED.format(sign=sign, mean=abs(found.mean), std=found.std, n=found.n, on=found.on)
+    return f"{SCORING} {scale}"
 
 
 def _data(data: Mapping[str, Any]) -> str:

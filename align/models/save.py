@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +18,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    integrations,
 )
 
 from align.errors import RecipeError
@@ -167,7 +169,7 @@ def empty_scorer(config: PretrainedConfig) -> PreTrainedModel:
     config.num_labels, config.use_cache = 1, True
     model = None
     if type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-        with torch.device("meta"):
+        with _in_one_piece(), torch.device("meta"):
             model = AutoModelForSequenceClassification.from_config(config)
     score = getattr(model, SCORE, None)
     if model is None or not isinstance(score, nn.Linear) or score.bias is not None:
@@ -178,3 +180,14 @@ def empty_scorer(config: PretrainedConfig) -> PreTrainedModel:
             fix="use a base such as Llama, Qwen, Mistral or Gemma",
         )
     return model
+
+
+@contextmanager
+def _in_one_piece() -> Iterator[None]:
+    """Under ZeRO-3 transformers makes new models in parts, by all ranks together; here one rank makes it alone."""
+    kept = integrations.deepspeed._hf_deepspeed_config_weak_ref
+    integrations.deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        integrations.deepspeed._hf_deepspeed_config_weak_ref = kept

@@ -23,6 +23,10 @@ from align.models.policies import load_policies, locate
 from align.models.rewards import NORMALIZATION, Normalization, load_reward, load_reward_base, load_scorer
 from align.models.save import empty_scorer, save_policy
 from align.spec.model import LoraSettings, ModelSettings
+from align.training import collectives
+from align.training.checkpoint import gather_trainable
+from tests.distributed.ranks import run_ranks
+from tests.models.test_wrapped import config
 from tests.models.tiny import LORA, logits, randomise, token_ids
 
 
@@ -212,12 +216,41 @@ def test_a_full_model_scores_the_same_in_transformers(
     assert again.tensors("reward").keys() == roles.tensors("reward").keys()
 
 
+def save_under_zero3(rank: int, world: int, folder: Path, out: Path, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the head is whole when such a model is loaded again in parts."""
+    from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
+
+    keep = HfDeepSpeedConfig(config("zero3"))
+    roles = RoleModel(load_base(folder))
+    roles.train_base("reward")
+    roles.add_head("reward", seed=3)
+    state = gather_trainable(roles)
+    if rank == 0:
+        save_policy(roles, "reward", out, tokenizer=tokenizer, base_reference="", state=state)
+    collectives.barrier()
+    assert is_deepspeed_zero3_enabled(), keep
+    base, head = load_reward_base(out / "model")
+    assert any(hasattr(p, "ds_id") for p in base.parameters())
+    return head is not None and torch.equal(head, state["score.weight"])
+
+
+def test_one_rank_writes_a_model_that_zero3_took_apart(
+    folders: dict[str, Path], tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    pytest.importorskip("deepspeed")
+    assert all(run_ranks(save_under_zero3, folders["qwen2"], tmp_path, tokenizer, deepspeed=True))
+    alone = RoleModel(load_base(folders["qwen2"]))
+    alone.train_base("reward")
+    alone.add_head("reward", seed=3)
+    assert torch.equal(rewards(load_scorer(tmp_path / "model")), rewards(alone))
+
+
 def test_a_base_without_a_classifier_is_refused() -> None:
     from transformers import BertConfig, CodeGenConfig
 
-    for config in (BertConfig(hidden_size=8, num_attention_heads=2), CodeGenConfig(n_embd=64, n_head=4)):
-        with pytest.raises(RecipeError, match=f"no sequence classifier .* of type '{config.model_type}'"):
-            empty_scorer(config)
+    for unfit in (BertConfig(hidden_size=8, num_attention_heads=2), CodeGenConfig(n_embd=64, n_head=4)):
+        with pytest.raises(RecipeError, match=f"no sequence classifier .* of type '{unfit.model_type}'"):
+            empty_scorer(unfit)
     assert (
         empty_scorer(GPTNeoXConfig(hidden_size=64, num_attention_heads=4, num_hidden_layers=1)).config.num_labels == 1
     )
@@ -354,4 +387,4 @@ def test_the_card_of_a_reward_model(shelf: tuple[Store, dict]) -> None:
     snippet = card["lora"].split("```python\n")[1].split("```")[0]
     compile(snippet, "card", "exec")
     assert "BitsAndBytesConfig" in snippet
-    assert "num_labels=1, pad_token_id=tokenizer.pad_token_id" in snippet
+    assert '{"num_labels": 1, "pad_token_id": tokenizer.pad_token_id}' in snippet
