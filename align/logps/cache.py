@@ -4,7 +4,8 @@ A row is a completion behind its prompt. Whoever asks for the same tokens gets t
 order, another cut into training and validation. Which policy the numbers are of is the folder's business.
 
 A shard is a safetensors file, named after the SHA-256 of its folder's name and its bytes, written aside and renamed.
-R rows, N tokens in all: `keys` [R, 16] uint8, `lengths` [R] int32, `values` [N] fp32 in nats, row after row.
+R rows, N tokens in all: `keys` [R, 16] uint8, `lengths` [R] int32, `values` [N] fp32 in nats, row after row; `asked`
+[16] uint8 tells the shards of one computation from those of others.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from array import array
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,11 @@ def row_keys(example: Example) -> tuple[bytes, ...]:
     return tuple(keys)
 
 
+def asked_for(keys: Iterable[bytes]) -> bytes:
+    """One key of many rows, whatever their order."""
+    return hashlib.blake2b(b"".join(sorted(keys)), digest_size=KEY_BYTES).digest()
+
+
 def _add(seen: Any, ids: list[int]) -> None:
     """Ids behind their number, so that no other cut into prompt and completion has the same bytes."""
     seen.update(array("q", [len(ids), *ids]).tobytes())
@@ -89,8 +95,8 @@ class RowCache:
         """Keep other writers out; see `locked`."""
         return locked(self.folder / LOCK, "the same reference log-probs", patience)
 
-    def rows(self, wanted: Container[bytes]) -> Iterator[tuple[bytes, Row]]:
-        """The wanted rows of all shards that have come since the last call.
+    def rows(self, wanted: Container[bytes]) -> Iterator[tuple[bytes, Row, bytes]]:
+        """The wanted rows of all shards that have come since the last call: key, values, and what was asked for then.
 
         A shard that is not what was written is told, removed and passed over.
         """
@@ -98,12 +104,16 @@ class RowCache:
             if path.name in self._read:
                 continue
             self._read.add(path.name)
-            for key, row in self._shard(path):
+            for key, row, asked in self._shard(path):
                 if key in wanted:
-                    yield key, row
+                    yield key, row, asked
 
-    def add(self, rows: Mapping[bytes, Row]) -> None:
+    def add(self, rows: Mapping[bytes, Row], asked: bytes) -> None:
         """Write a shard. The caller holds the lock.
+
+        Args:
+            rows: What was computed.
+            asked: `asked_for` all rows that the computation was for.
 
         Raises:
             ArtifactError: The disk is full.
@@ -111,6 +121,7 @@ class RowCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         content = safetensors.numpy.save(
             {
+                "asked": np.frombuffer(asked, np.uint8),
                 "keys": np.frombuffer(b"".join(rows), np.uint8).reshape(-1, KEY_BYTES),
                 "lengths": np.array([len(row) for row in rows.values()], np.int32),
                 "values": np.concatenate([np.zeros(0, np.float32), *rows.values()]),
@@ -134,7 +145,7 @@ class RowCache:
         seen.update(content)
         return SHARD.format(seen.hexdigest()[:SHARD_DIGITS])
 
-    def _shard(self, path: Path) -> Iterator[tuple[bytes, Row]]:
+    def _shard(self, path: Path) -> Iterator[tuple[bytes, Row, bytes]]:
         try:
             content = path.read_bytes()
             if self._name(content) != path.name:
@@ -147,6 +158,7 @@ class RowCache:
             with suppress(OSError):
                 path.unlink()
             return
-        keys, lengths, values = tensors["keys"].tobytes(), tensors["lengths"], tensors["values"]
+        keys, asked = tensors["keys"].tobytes(), tensors["asked"].tobytes()
+        lengths, values = tensors["lengths"], tensors["values"]
         for i, (end, length) in enumerate(zip(np.cumsum(lengths), lengths, strict=True)):
-            yield keys[i * KEY_BYTES : (i + 1) * KEY_BYTES], values[end - length : end]
+            yield keys[i * KEY_BYTES : (i + 1) * KEY_BYTES], values[end - length : end], asked

@@ -16,7 +16,7 @@ from align.recipe.env import resolve_env
 from align.recipe.rows import count_rows
 from align.recipe.sources import plugin_version
 from align.spec.data import DataSource, FileData, GeneratedData
-from align.spec.stages import TrainedStage, reference_of
+from align.spec.stages import TrainedStage, engine_of, reference_of
 from align.types import Batch
 
 if TYPE_CHECKING:
@@ -69,7 +69,8 @@ def reference_nodes(
     """
     users: dict[tuple[str, str], list[Node]] = {}
     for node in graph.nodes.values():
-        name = reference_of(node.stage) if isinstance(node.stage, TrainedStage) else None
+        own = isinstance(node.stage, TrainedStage) and engine_of(node.stage) == "align"
+        name = reference_of(node.stage) if own else None
         for data in node.data if name is not None else ():
             users.setdefault((graph.nodes[name].fingerprint, data), []).append(node)  # type: ignore[index]
     nodes = []

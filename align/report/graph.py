@@ -86,6 +86,8 @@ def reference_nodes(run: RunFiles) -> dict[str, ReferenceFiles]:
     """`policy@data` -> the log-probabilities of that policy on that data."""
     found: dict[str, ReferenceFiles] = {}
     for name, stage in run.stages.items():
+        if stage.settings.get("engine", "align") != "align":
+            continue  # a peer takes its own
         policy, data = stage.settings.get("reference"), stage.settings.get("data")
         if isinstance(policy, str) and isinstance(data, str) and policy in run.stages and policy != name:
             node = found.setdefault(f"{policy}@{data}", ReferenceFiles(policy, {}))

@@ -7,6 +7,7 @@ because a process of their own would load the base a second time.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -85,12 +86,14 @@ def read_second_copy(
     references = find_references(job, settings, store, begin, sets)
     assert references is not None
     if references.missing:
+        began = time.monotonic()
         base = load_base(reference.base, dtype=job.model.dtype, revision=reference.revision)
         roles = RoleModel(base)
         roles.add_base_role("reference")
         wanted = settings.train.packing
         with torch.no_grad():
             packing = roles("reference", lambda lm: choose_packing(lm, dropout=False, wanted=wanted))
+        references.cost.seconds += time.monotonic() - began
         tell = (lambda message: report(0, 0, message)) if report else (lambda message: None)
         references.compute(roles, "reference", pack_tokens=settings.train.pack_tokens, packing=packing, tell=tell)
     return references

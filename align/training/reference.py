@@ -17,7 +17,7 @@ from align.artifacts.lock import Busy
 from align.data.chat import Example
 from align.errors import TrainingError
 from align.logps import Pack, Packing, completion_logps, empty_pack, pack_examples, token_logps
-from align.logps.cache import Row, RowCache, completion_token_logps, row_keys
+from align.logps.cache import Row, RowCache, asked_for, completion_token_logps, row_keys
 from align.training import collectives
 
 logger = logging.getLogger(__name__)
@@ -103,7 +103,9 @@ class References:
         self._keys = {name: [row_keys(example) for example in examples] for name, examples in sets.items()}
         self._totals: dict[bytes, float] = {}
         self.missing = {key for keys in self._keys.values() for own in keys for key in own}
-        self._wanted = len(self.missing)
+        self._wanted, self._asked = len(self.missing), asked_for(self.missing)
+        self._foreign: set[bytes] = set()
+        """Rows that another computation has left."""
         self._look()
         self.cost = Cost(reused=len(self._totals))
         self._spent(began)
@@ -147,7 +149,7 @@ class References:
                 self._look()
             if self.missing:
                 self._look()  # what the one before has left
-            self.cost.reused = len(self._totals)
+            self.cost.reused = len(self._totals) - self.cost.computed
             if self.missing:
                 self._fill(roles, role, pack_tokens, packing, tell, stop)
         self._spent(began)
@@ -163,10 +165,15 @@ class References:
 
     def _look(self) -> None:
         """Take from the cache what has come since the last look."""
-        found = None
+        found: tuple[dict[bytes, float], set[bytes]] = {}, set()
         if collectives.rank() == 0:
-            found = {key: _total(row) for key, row in self.cache.rows(self.missing)}
-        self._take(collectives.gather_objects(found)[0] or {})
+            for key, row, asked in self.cache.rows(self.missing):
+                found[0][key] = _total(row)
+                if asked != self._asked:
+                    found[1].add(key)
+        totals, foreign = collectives.gather_objects(found)[0]
+        self._take(totals)
+        self._foreign |= foreign
 
     def _take(self, totals: Mapping[bytes, float]) -> None:
         self._totals |= totals
@@ -213,7 +220,7 @@ class References:
             over = all(each.over for each in turns) or any(each.stop for each in turns)
             late = time.monotonic() - written > SHARD_SECONDS
             if rank == 0 and fresh and (over or late or len(fresh) >= SHARD_ROWS):
-                self.cache.add(fresh)
+                self.cache.add(fresh, self._asked)
                 fresh, written = {}, time.monotonic()
             tell(f"reference log-probs: {self._wanted - len(self.missing)} of {self._wanted} rows")
 
@@ -246,10 +253,11 @@ class References:
                     yield pack, parts
 
     def _blocks(self, pack_tokens: int) -> Iterator[list[_Part]]:
-        """All rows once, present ones too, in blocks of like length.
+        """Every row of this computation once, in blocks of like length.
 
-        They depend on the rows alone: not on their order, not on the number of ranks, not on what is there already. So
-        a run that was killed, and one on other ranks, packs what is left as it would have been packed.
+        They depend on the rows alone: not on their order, not on the number of ranks, not on what an earlier run of the
+        same computation has left. So a run that was killed, and one on other ranks, packs what is left as it would have
+        been packed, and no bit is another.
         """
         block: list[_Part] = []
         tokens = 0
@@ -263,13 +271,13 @@ class References:
             yield block
 
     def _parts(self) -> Iterator[_Part]:
-        """Examples, longest first, each with those of its completions that none before it has."""
+        """Examples, longest first, each with those of its completions that none before it and no other run has."""
         together = {
             keys: example
             for name, examples in self.sets.items()
             for keys, example in zip(self._keys[name], examples, strict=True)
         }
-        seen: set[bytes] = set()
+        seen = set(self._foreign)
         for keys, example in sorted(together.items(), key=lambda item: (-max(_Part(item[1], item[0]).sizes), item[0])):
             own = {key: c for key, c in zip(keys, example.completions, strict=True) if key not in seen}
             seen |= own.keys()

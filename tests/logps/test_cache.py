@@ -18,6 +18,7 @@ from align.models import RoleModel, load_base
 from tests.artifacts.processes import die_before_file_operation, fork, wait
 from tests.models.tiny import LORA, randomise
 
+ASKED = b"asked for"[:8] * 2
 KEYS = [bytes([i]) * 16 for i in range(5)]
 
 
@@ -27,7 +28,7 @@ def rows(*which: int) -> dict[bytes, np.ndarray]:
 
 
 def found(cache: RowCache, wanted=KEYS) -> dict[bytes, bytes]:
-    return {key: row.tobytes() for key, row in cache.rows(set(wanted))}
+    return {key: row.tobytes() for key, row, asked in cache.rows(set(wanted)) if asked == ASKED}
 
 
 def as_bytes(expected: dict[bytes, np.ndarray]) -> dict[bytes, bytes]:
@@ -77,8 +78,8 @@ def test_any_other_token_or_mask_is_another_row(prompt: list[int], ids: list[int
 
 
 def test_what_is_read_is_what_was_written(folder: Path) -> None:
-    RowCache(folder).add(rows(0, 1, 4))
-    RowCache(folder).add(rows(2))
+    RowCache(folder).add(rows(0, 1, 4), ASKED)
+    RowCache(folder).add(rows(2), ASKED)
     assert found(RowCache(folder)) == as_bytes(rows(0, 1, 2, 4))
     assert found(RowCache(folder), KEYS[1:3]) == as_bytes(rows(1, 2))
 
@@ -86,9 +87,9 @@ def test_what_is_read_is_what_was_written(folder: Path) -> None:
 def test_only_new_shards_are_read_again(folder: Path) -> None:
     reader, writer = RowCache(folder), RowCache(folder)
     assert found(reader) == {}
-    writer.add(rows(1))
+    writer.add(rows(1), ASKED)
     assert found(reader) == as_bytes(rows(1))
-    writer.add(rows(2))
+    writer.add(rows(2), ASKED)
     assert found(reader) == as_bytes(rows(2))
     assert found(writer) == {}, "a writer knows its own"
 
@@ -122,19 +123,19 @@ DAMAGE = {
 
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_a_damaged_shard_is_told_removed_and_passed_over(kind: str, folder: Path, caplog) -> None:
-    RowCache(folder).add(rows(1, 2))
+    RowCache(folder).add(rows(1, 2), ASKED)
     DAMAGE[kind](shard(folder))
-    RowCache(folder).add(rows(3))
+    RowCache(folder).add(rows(3), ASKED)
     assert found(RowCache(folder)) == as_bytes(rows(3))
     assert "is damaged" in caplog.text
     assert "computed again" in caplog.text
     assert len(list(folder.glob("rows-*"))) == 1
-    RowCache(folder).add(rows(1, 2))
+    RowCache(folder).add(rows(1, 2), ASKED)
     assert found(RowCache(folder)) == as_bytes(rows(1, 2, 3))
 
 
 def test_a_shard_of_another_policy_does_not_count(folder: Path, caplog) -> None:
-    RowCache(folder).add(rows(1, 2))
+    RowCache(folder).add(rows(1, 2), ASKED)
     shutil.copytree(folder, folder.with_name("other"))
     assert found(RowCache(folder.with_name("other"))) == {}
     assert "is damaged" in caplog.text
@@ -142,12 +143,12 @@ def test_a_shard_of_another_policy_does_not_count(folder: Path, caplog) -> None:
 
 @pytest.mark.parametrize("moment", range(8))
 def test_a_writer_that_dies_leaves_all_or_nothing(moment: int, folder: Path, caplog) -> None:
-    RowCache(folder).add(rows(1))
+    RowCache(folder).add(rows(1), ASKED)
 
     def write() -> None:
         cache = RowCache(folder)
         die_before_file_operation(moment)
-        cache.add(rows(2, 3))
+        cache.add(rows(2, 3), ASKED)
 
     code = wait(fork(write))
     assert code in (0, 9)
@@ -155,7 +156,7 @@ def test_a_writer_that_dies_leaves_all_or_nothing(moment: int, folder: Path, cap
     assert caplog.text == ""
     RowCache(folder).tidy()
     assert all(path.name.startswith("rows-") for path in folder.iterdir())
-    RowCache(folder).add(rows(2, 3))
+    RowCache(folder).add(rows(2, 3), ASKED)
     assert found(RowCache(folder)) == as_bytes(rows(1, 2, 3))
 
 
@@ -166,7 +167,7 @@ def test_dying_is_tried_before_and_after_the_rename(folder: Path) -> None:
     def write() -> None:
         cache = RowCache(folder)
         die_before_file_operation(7)
-        cache.add(rows(2, 3))
+        cache.add(rows(2, 3), ASKED)
 
     assert wait(fork(write)) == 0
 

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -79,7 +80,7 @@ def contents(folder: Path) -> dict[bytes, bytes]:
         def __contains__(self, key: object) -> bool:
             return True
 
-    return {key: row.tobytes() for key, row in RowCache(folder).rows(Everything())}
+    return {key: row.tobytes() for key, row, _ in RowCache(folder).rows(Everything())}
 
 
 # --- what it computes --------------------------------------------------------------------------------------------
@@ -151,6 +152,20 @@ def test_only_what_is_missing_is_computed(model: Counting, tmp_path: Path) -> No
     model.passes = 0
     references, _ = totals(model, tmp_path / "rows", PAIRS)
     assert (references.cost.computed, references.cost.reused, model.passes) == (2, 38, 1)
+
+
+def test_what_another_method_left_is_not_computed_beside_what_is_missing(model: Counting, tmp_path: Path) -> None:
+    """KTO asks for another prompt's completion beside every one that DPO had: only that one is run."""
+    totals(model, tmp_path / "rows", PAIRS)
+    chosen = [replace(e, completions=(e.completions[0], o.completions[1])) for e, o in pairwise(PAIRS)]
+    tokens: list[int] = []
+    hook = model.roles.causal_lm.model.register_forward_pre_hook(
+        lambda module, args, kwargs: tokens.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    references, _ = totals(model, tmp_path / "rows", chosen)
+    hook.remove()
+    assert (references.cost.computed, references.cost.reused) == (19, 19)
+    assert references.cost.tokens <= sum(tokens) < 1.5 * references.cost.tokens
 
 
 def test_numbers_that_are_not_finite_are_told_and_not_kept(base: Path, tmp_path: Path) -> None:
@@ -241,10 +256,10 @@ def test_who_waits_takes_what_is_there_without_the_lock(model: Counting, tmp_pat
     _, expected = totals(model, tmp_path / "rows", PAIRS)
     model.passes = 0
     waiting = References({"train": PAIRS}, RowCache(tmp_path / "other" / "rows"))
-    rows = dict(RowCache(tmp_path / "rows").rows(waiting.missing))
+    rows = {key: row for key, row, _ in RowCache(tmp_path / "rows").rows(waiting.missing)}
     writer = RowCache(tmp_path / "other" / "rows")
     with writer.lock(1.0):
-        threading.Timer(0.3, lambda: writer.add(rows)).start()
+        threading.Timer(0.3, lambda: writer.add(rows, bytes(16))).start()
         waiting.compute(model.roles, "reference", pack_tokens=PACK_TOKENS)
     assert waiting.totals("train") == expected
     assert (waiting.cost.reused, model.passes) == (40, 0)
