@@ -59,6 +59,23 @@ class Opened:
     record: PolicyRecord
 
 
+@dataclass(frozen=True)
+class Material:
+    """What a stage trains on: the same on every rank.
+
+    Attributes:
+        tokenizer: The model's.
+        examples: To train on.
+        validation: Held out.
+        reports: Data name -> what was read, dropped and quarantined.
+    """
+
+    tokenizer: Any
+    examples: list[Example]
+    validation: Sequence[Example]
+    reports: dict[str, DataReport]
+
+
 def run(job: Job, settings: TrainedStage, store: Store, report: Any) -> None:
     """Train one stage and put its artifact into the store.
 
@@ -69,79 +86,85 @@ def run(job: Job, settings: TrainedStage, store: Store, report: Any) -> None:
         report: The worker's reporter.
     """
     began = time.monotonic()
-    method = get_method(job.kind)
-    work = Path(job.work)
     with process_group(deepspeed=job.launch.deepspeed != "none"):
         report(0, 0, "reading data")
-        tokenizer = _tokenizer(job, settings, store)
-        examples, data_report = _examples(job, settings, method, tokenizer)
-        validation: Sequence[Example] = ()
-        if settings.train.validation:
-            examples, validation = split_validation(examples, settings.train.validation.fraction, settings.train.seed)
-        samples = (
-            draw_samples(job, settings, store, examples, tokenizer, report) if isinstance(settings, Reward) else ()
-        )
+        material = _material(job, settings, store)
         if engine_of(settings) == "trl":
             from align.stages.peer.run import train_with_trl
 
             assert isinstance(settings, PolicyStage)
-            begin = _merged(job, start.of_policy(job, settings, store), tokenizer)
-            sets = (examples, validation)
-            train_with_trl(job, settings, store, begin, tokenizer, sets, data_report, began=began, report=report)
+            begin = _merged(job, start.of_policy(job, settings, store), material.tokenizer)
+            sets = (material.examples, material.validation)
+            tokenizer, reports = material.tokenizer, material.reports
+            train_with_trl(job, settings, store, begin, tokenizer, sets, reports, began=began, report=report)
             return
-        step = Step(method, settings, settings.train.pack_tokens)
-        asked = {"train": examples, "validation": validation}
-        references = read_second_copy(job, settings, store, asked, report)
-        schedule = Schedule.of(settings.train, len(examples))
-        args = training_arguments(
-            settings.train,
-            work=work,
-            total_steps=schedule.total_steps,
-            launch=job.launch,
-            logging=job.logging,
-            bf16=_dtype(job) is torch.bfloat16,
-            use_cpu=device().type == "cpu",
-            deepspeed=deepspeed_config(job.launch.deepspeed),
-            run_name=f"{job.recipe}/{job.stage}",
-        )
-        opened = _open(job, settings, store, tokenizer)
-        references = references or find_references(job, settings, store, opened.begin, asked)
-        trainer = AlignTrainer(
-            opened.roles,
-            args,
-            step=step,
-            schedule=schedule,
-            examples=examples,
-            validation=validation,
-            validation_settings=settings.train.validation,
-            references=references,
-            reference_role=opened.reference_role,
-            same_reference=opened.same_reference,
-            work=work,
-            keep_checkpoints=settings.train.keep_checkpoints,
-            report=report,
-        )
-        try:
-            trainer.fit()
-            judgement = judge(trainer, settings, samples, report) if isinstance(settings, Reward) else None
-            if collectives.rank() == 0:
-                publish_policy(
-                    job,
-                    settings,
-                    store,
-                    roles=opened.roles,
-                    begin=opened.begin,
-                    record=opened.record,
-                    tokenizer=tokenizer,
-                    state=trainer.final_state,
-                    steps=trainer.state.global_step,
-                    reports=data_report,
-                    judgement=judgement,
-                    seconds=time.monotonic() - began,
-                )
-            collectives.barrier()
-        finally:
-            trainer.stop_request.close()
+        _train(job, settings, store, material, report, began)
+
+
+def _material(job: Job, settings: TrainedStage, store: Store) -> Material:
+    tokenizer, method = _tokenizer(job, settings, store), get_method(job.kind)
+    examples, reports = _examples(job, settings, method, tokenizer)
+    validation: Sequence[Example] = ()
+    if settings.train.validation:
+        examples, validation = split_validation(examples, settings.train.validation.fraction, settings.train.seed)
+    return Material(tokenizer, examples, validation, reports)
+
+
+def _train(job: Job, settings: TrainedStage, store: Store, material: Material, report: Any, began: float) -> None:
+    """Train with align's own trainer."""
+    tokenizer, examples = material.tokenizer, material.examples
+    samples = draw_samples(job, settings, store, examples, tokenizer, report) if isinstance(settings, Reward) else ()
+    asked = {"train": examples, "validation": material.validation}
+    references = read_second_copy(job, settings, store, asked, report)
+    schedule = Schedule.of(settings.train, len(examples))
+    args = training_arguments(
+        settings.train,
+        work=Path(job.work),
+        total_steps=schedule.total_steps,
+        launch=job.launch,
+        logging=job.logging,
+        bf16=_dtype(job) is torch.bfloat16,
+        use_cpu=device().type == "cpu",
+        deepspeed=deepspeed_config(job.launch.deepspeed),
+        run_name=f"{job.recipe}/{job.stage}",
+    )
+    opened = _open(job, settings, store, tokenizer)
+    trainer = AlignTrainer(
+        opened.roles,
+        args,
+        step=Step(get_method(job.kind), settings, settings.train.pack_tokens),
+        schedule=schedule,
+        examples=examples,
+        validation=material.validation,
+        validation_settings=settings.train.validation,
+        references=references or find_references(job, settings, store, opened.begin, asked),
+        reference_role=opened.reference_role,
+        same_reference=opened.same_reference,
+        work=Path(job.work),
+        keep_checkpoints=settings.train.keep_checkpoints,
+        report=report,
+    )
+    try:
+        trainer.fit()
+        judgement = judge(trainer, settings, samples, report) if isinstance(settings, Reward) else None
+        if collectives.rank() == 0:
+            publish_policy(
+                job,
+                settings,
+                store,
+                roles=opened.roles,
+                begin=opened.begin,
+                record=opened.record,
+                tokenizer=tokenizer,
+                state=trainer.final_state,
+                steps=trainer.state.global_step,
+                reports=material.reports,
+                judgement=judgement,
+                seconds=time.monotonic() - began,
+            )
+        collectives.barrier()
+    finally:
+        trainer.stop_request.close()
 
 
 def _tokenizer(job: Job, settings: TrainedStage, store: Store) -> Any:
