@@ -136,11 +136,6 @@ def test_a_file_counts_by_its_content(check: Check, tmp_path: Path) -> None:
     assert id_of(check(FAN, "data.own.path=moved.jsonl"), "mine") == before
 
 
-def test_a_peer_takes_its_own(check: Check) -> None:
-    _, nodes = planned(check(FAN, "stages.ipo.engine=trl"))
-    assert nodes["sft@preferences"].users == ("dpo",)
-
-
 def test_without_a_reference_there_is_no_node(check: Check) -> None:
     text = FAN.split("  dpo: {")[0].replace("  preferences:", "  #").replace("  own:", "  #")
     assert planned(check(text))[0].references == ()

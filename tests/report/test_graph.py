@@ -115,6 +115,7 @@ def test_reference_log_probs_are_a_box_of_their_own_that_tells_their_cost() -> N
 
 def test_a_policy_straight_to_a_method_without_reference() -> None:
     stages = {**FAN["stages"], "free": {"kind": "simpo", "policy": "sft", "data": "pairs"}}
+    stages["peer"] = {**FAN["stages"]["m0"], "engine": "trl"}
     run = files({"model": FAN["model"], "stages": stages})
     nodes = reference_nodes(run)
     assert {name: list(node.users) for name, node in nodes.items()} == {"sft@pairs": [f"m{i}" for i in range(5)]}
