@@ -56,6 +56,8 @@ def test_only_what_a_change_touches_runs_again(tiny_run, tmp_path):
     assert [ran(output, s) for s in ("base", "sft", "dpo", "comparison")] == ["reused"] * 4
     output = cli.run("--set", "stages.dpo.beta=0.3")
     assert [ran(output, s) for s in ("base", "sft", "dpo", "comparison")] == ["reused", "reused", "done", "done"]
+    metrics = cli.manifest("dpo")["metrics"]
+    assert (metrics["reference/computed"], metrics["reference/reused"]) == (0, 300), "in a copy of the store, too"
 
 
 @pytest.mark.parametrize("stage", ["base", "sft", "dpo"])
