@@ -115,10 +115,9 @@ def _better(columns: Columns) -> int:
     Raises:
         Dropped: There is no judgement, or none for either of them.
     """
-    annotators = [name for name in ANNOTATORS if name in columns.values]
-    one = next((name for name in ("label", "preference") if name in columns.values), None)
-    names = [one] if one or not annotators else annotators
-    votes = Counter(vote for name in names if (vote := _vote(columns, name or "label")) is not None)
+    one = [name for name in ("label", "preference") if name in columns.values][:1]
+    names = one or [name for name in ANNOTATORS if name in columns.values] or ["label"]
+    votes = Counter(vote for name in names if (vote := _vote(columns, name)) is not None)
     if not votes:
         raise Dropped("no judgement")
     better, count = votes.most_common(1)[0]

@@ -148,11 +148,16 @@ def test_too_many_malformed_rows_stop_the_run(tmp_path: Path) -> None:
         ([qa("a", "b")], {"columns": {"prompt": "promt"}}, "no row has the column `promt`; did you mean `prompt`"),
         ([qa("a", "b")], {"columns": {"weight": "score"}}, "no row has the column `score`"),
         ([qa("a", "")], {}, "nothing is left of 1 rows: 1 empty completion"),
+        ([{"input": "a", "output_1": "b", "output_2": "c"}], {"format": "labelled_pairs"}, "no row has `label`, which"),
+        ([{"instruction": "a", "candidates": []}], {"format": "ranked"}, "no row has `responses`, .*candidates"),
+        ([{"messages": [], "kto_tag": True}], {"format": "unpaired"}, "no row has `label`, .*messages, kto_tag"),
     ],
 )
 def test_mistakes_of_the_whole_file(tmp_path: Path, rows: list[Any], options: dict[str, Any], message: str) -> None:
+    batches = {"labelled_pairs": Batch.PAIRED, "ranked": Batch.RANKED, "unpaired": Batch.UNPAIRED}
+    batch = batches.get(options.get("format", ""), Batch.TOKENS)
     with pytest.raises(DataError, match=f"(?s){message}") as caught:
-        load(lines(tmp_path / "rows.jsonl", *rows, **options))
+        load(lines(tmp_path / "rows.jsonl", *rows, **options), batch)
     assert "rows.jsonl" in str(caught.value)
 
 
