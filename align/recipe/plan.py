@@ -25,6 +25,7 @@ from align.recipe.rows import count_rows
 from align.recipe.sizes import ModelSize, cached_folder, size_of_architecture, size_of_folder
 from align.recipe.sources import base_folder
 from align.spec.base import StageRef
+from align.spec.data import records_of
 from align.spec.model import LoraSettings, ModelSettings
 from align.spec.stages import CompareStage, Referenced, TrainedStage, engine_of, reference_of
 from align.types import Batch
@@ -200,6 +201,8 @@ class _Planner:
         if size is None:
             return {}
         train, completions = stage.train, COMPLETIONS[get_method(stage.kind).batch]  # type: ignore[attr-defined]
+        if all(records_of(source) == "pair" for source in node.data.values()):
+            completions = COMPLETIONS[Batch.PAIRED]  # a list of two, for a method on lists
         example = completions * train.max_tokens
         share = math.ceil(train.global_batch_size / node.launch.processes) * example
         return training_memory(
@@ -282,12 +285,12 @@ class _Planner:
             return ""
         note = "trained by TRL: no checkpoints are kept, so if it is stopped it starts again"
         full = node.model is not None and node.model.adapter == "none"
-        return note + ("; the reference is a second copy" if full and isinstance(node.stage, Referenced) else "")
+        return note + ("; the reference is a second copy" if full and reference_of(node.stage) else "")
 
     def second_copy(self, node: Node) -> str:
         """Full fine-tuning moves the base, so a reference that is another stage needs a base of its own."""
-        stage, model = node.stage, node.model
-        if not isinstance(stage, Referenced) or model is None or model.adapter != "none":
+        stage, model, reference = node.stage, node.model, reference_of(node.stage)
+        if reference is None or model is None or model.adapter != "none":
             return ""
         policy = getattr(stage, "policy", None)
         start = policy if isinstance(policy, str) else model.base
