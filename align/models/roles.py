@@ -94,7 +94,7 @@ class RoleModel(nn.Module):
                 must agree in everything but dropout.
             folder: A PEFT adapter to start from.
             revision: Hub revision of `folder`.
-            copy_of: A role of this model to start from.
+            copy_of: A role of this model whose adapter to start from; a head of it stays behind.
             dropout: Overrides what the adapter to start from was trained with.
             with_head: Take the scalar head too, if `folder` has one; a folder with a head is refused otherwise.
             trainable: Whether this is the one role that is trained.
