@@ -120,6 +120,7 @@ class RankedLogps:
         scores: [C] how good each is; only the order within a prompt means something, equal scores are ties.
         prompt: [C] which of the B prompts each candidate answers, ascending.
         weight: [B] weight of each prompt.
+        prompt_length: [B] tokens of each prompt.
         target: Policy log-probabilities of the completion to stay close to, [B]; None where the data has none.
     """
 
@@ -127,6 +128,7 @@ class RankedLogps:
     scores: Tensor
     prompt: Tensor
     weight: Tensor
+    prompt_length: Tensor
     target: Logps | None = None
 
 

@@ -8,10 +8,8 @@ Equal scores make no pair; of equal best candidates the first is imitated. There
 *Source*: arXiv:2304.05302, eq. 1 to 5, where the last term is a sum (`ft_reduction: sum`); it is then tens to hundreds
 of nats beside a ranking of some units, so the mean over the best candidate's own tokens is the default. The authors'
 code turns the -100 of its labels into 0 in place before it counts, so that both terms are divided by the padded width
-of the prompt's rows: the prompt and its longest candidate. A loss does not see how long a prompt is, so `compat:
-official` divides by the length of the longest candidate alone. That is the published code times
-(prompt tokens + longest candidate) / longest candidate: the same factor for both terms of a prompt, another for each
-prompt. The authors' w is 1 in the scripts that they ran, and 100 by default.
+of the prompt's rows: the prompt and its longest candidate. `compat: official` does the same. The authors' w is 1 in the
+scripts that they ran, and 100 by default.
 """
 
 from __future__ import annotations
@@ -36,7 +34,7 @@ class RRHF(RankedStage):
         Unread(
             "ft_reduction",
             lambda rrhf: rrhf.compat == "official",
-            "`compat: official` divides by the longest candidate",
+            "`compat: official` divides by the padded width",
             "remove it, or write `compat: none`",
         ),
     )
@@ -65,14 +63,14 @@ def rrhf_loss(logps: RankedLogps, config: RRHF) -> LossOutput:
     Example:
         >>> candidates = Logps(torch.tensor([-2.25, -3.0]), torch.tensor([3.0, 5.0]))
         >>> owner = torch.tensor([0, 0])
-        >>> batch = RankedLogps(candidates, torch.tensor([0.2, -1.0]), owner, torch.ones(1))
+        >>> batch = RankedLogps(candidates, torch.tensor([0.2, -1.0]), owner, torch.ones(1), torch.ones(1))
         >>> round(rrhf_loss(batch, RRHF(data="d")).loss.item(), 6)
         0.9
     """
     pairs = RankedPairs.of(logps.scores, logps.prompt, len(logps.weight))
     best, candidates, reduction = best_of(logps.scores, pairs.owner), logps.candidates, config.ft_reduction
     if config.compat == "official":
-        width = torch.where(pairs.owner, candidates.length[None, :], 0).amax(1)
+        width = logps.prompt_length + torch.where(pairs.owner, candidates.length[None, :], 0).amax(1)
         candidates, reduction = Logps(candidates.total, width[logps.prompt]), "token_mean"
     p, ft = candidates.mean, -reduced(candidates, reduction)[best]
     violation = F.relu(p[None, :] - p[:, None])

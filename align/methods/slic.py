@@ -80,7 +80,8 @@ def slic_loss(logps: RankedLogps, config: SLiC) -> LossOutput:
         >>> import torch
         >>> from align.types import Logps
         >>> candidates = Logps(torch.tensor([-20.0, -20.4]), torch.tensor([9.0, 9.0]))
-        >>> batch = RankedLogps(candidates, torch.tensor([1.0, 0.0]), torch.tensor([0, 0]), torch.ones(1))
+        >>> one, owner = torch.ones(1), torch.tensor([0, 0])
+        >>> batch = RankedLogps(candidates, torch.tensor([1.0, 0.0]), owner, one, one)
         >>> round(slic_loss(batch, SLiC(data="d")).loss.item(), 6)
         2.6
     """

@@ -27,7 +27,7 @@ from align.recipe.sources import base_folder
 from align.spec.base import StageRef
 from align.spec.data import records_of
 from align.spec.model import LoraSettings, ModelSettings
-from align.spec.stages import CompareStage, Referenced, TrainedStage, engine_of, reference_of
+from align.spec.stages import CompareStage, TrainedStage, engine_of, reference_of
 from align.types import Batch
 
 GIB = 2**30
@@ -294,11 +294,11 @@ class _Planner:
             return ""
         policy = getattr(stage, "policy", None)
         start = policy if isinstance(policy, str) else model.base
-        if start == stage.reference or self.graph.nodes[stage.reference].fingerprint == self._fingerprint(start):
+        if start == reference or self.graph.nodes[reference].fingerprint == self._fingerprint(start):
             return ""
         size = self.size_of_base(model)
         much = f" ({_size(size.parameters * self.bytes_of(model))})" if size else ""
-        return f"second copy: the reference {stage.reference} is no adapter of this base{much}; read once, then freed"
+        return f"second copy: the reference {reference} is no adapter of this base{much}; read once, then freed"
 
     def _fingerprint(self, stage: str) -> str | None:
         return self.graph.nodes[stage].fingerprint if stage in self.graph.nodes else None

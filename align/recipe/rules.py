@@ -12,7 +12,6 @@ from functools import reduce
 from typing import Any
 
 from align.errors import RecipeError
-from align.methods import get_method
 from align.methods.pretrain import Pretrain
 from align.recipe.graph import Graph, Node
 from align.recipe.lineage import model_loc
@@ -22,7 +21,7 @@ from align.recipe.sizes import positions_of_folder
 from align.recipe.sources import base_folder
 from align.recipe.validate import combine
 from align.spec.model import Architecture, LoraSettings
-from align.spec.stages import TrainedStage, engine_of
+from align.spec.stages import TrainedStage, engine_of, reference_of
 
 
 @dataclass(frozen=True)
@@ -52,12 +51,12 @@ def _quantised_in_full(node: Node) -> bool:
 
 def _dropout_with_reference(node: Node) -> bool:
     adapter = node.model.adapter if node.model is not None else None
-    return isinstance(adapter, LoraSettings) and adapter.dropout > 0 and get_method(_kind(node)).reference
+    return isinstance(adapter, LoraSettings) and adapter.dropout > 0 and reference_of(node.stage) is not None
 
 
 def _int8_with_reference(node: Node) -> bool:
     quantised = node.model is not None and node.model.quantization == "int8"
-    return quantised and isinstance(node.stage, TrainedStage) and get_method(_kind(node)).reference
+    return quantised and reference_of(node.stage) is not None
 
 
 def _merged_by_one_rank(node: Node) -> bool:

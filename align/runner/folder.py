@@ -186,7 +186,13 @@ def resolved(loaded: LoadedRecipe) -> dict[str, Any]:
     content = loaded.recipe.model_dump(mode="json", exclude_none=True)
     stages = content["stages"]
     places = [(content.get("model"), "base"), *((source, "path") for source in content["data"].values())]
-    for stage in stages.values():
+    for name, stage in stages.items():
+        # `reference: null` is an answer that has to be written.
+        stage |= {
+            f: None
+            for f, info in type(loaded.stages[name]).model_fields.items()
+            if info.is_required() and f not in stage
+        }
         places += [(stage.get("model"), "base"), (stage.get("policy"), "adapter")]
     for place, key in places:
         name = place.get(key) if isinstance(place, dict) else None

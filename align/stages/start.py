@@ -14,7 +14,7 @@ from align.recipe.sources import base_folder
 from align.spec.base import HubAdapter
 from align.spec.job import Job
 from align.spec.model import ModelSettings
-from align.spec.stages import PolicyStage, Referenced
+from align.spec.stages import PolicyStage, reference_of
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,7 @@ def of_policy(job: Job, settings: PolicyStage, store: Store) -> Start:
     return start
 
 
-def of_reference(job: Job, settings: Referenced, store: Store) -> Start:
-    """Where the stage's reference is."""
-    return of_stage(store, job.inputs[settings.reference])
+def of_reference(job: Job, settings: PolicyStage, store: Store) -> Start | None:
+    """Where the stage's reference is; None for a stage without one."""
+    name = reference_of(settings)
+    return None if name is None else of_stage(store, job.inputs[name])

@@ -27,7 +27,7 @@ from align.models.save import MODEL, empty_scorer, merge_adapter
 from align.models.tokenizer import load_tokenizer, train_tokenizer
 from align.spec.job import Job
 from align.spec.model import ModelSettings
-from align.spec.stages import PolicyStage, Referenced, TrainedStage, engine_of
+from align.spec.stages import PolicyStage, TrainedStage, engine_of
 from align.stages import start
 from align.stages.finish import publish_policy
 from align.stages.reference import find_references, read_second_copy
@@ -221,13 +221,13 @@ def _open(job: Job, settings: TrainedStage, store: Store, tokenizer: Any) -> Ope
     begin = _merged(job, parent, tokenizer)
     roles = _with_trained_role(settings, model, begin)
     role, same = None, False
-    if isinstance(settings, Referenced):
-        reference = start.of_reference(job, settings, store)
+    reference = start.of_reference(job, settings, store)
+    if reference is not None:
         same = (reference.base, reference.adapter) == (parent.base, parent.adapter)
     if model.adapter == "none":
-        role = "policy" if isinstance(settings, Referenced) else None
+        role = None if reference is None else "policy"
         return Opened(roles, role, same, begin, start.itself(job).record(model, adapter=False))
-    if isinstance(settings, Referenced):
+    if reference is not None:
         role = "reference"
         if reference.adapter is None or (same and begin.adapter is None):
             roles.add_base_role("reference")

@@ -45,7 +45,8 @@ def batch_of(
     target = _take(logps, ~candidate) if any(targets) else None
     if target is not None and not all(targets):
         raise ValueError("some examples of the batch have a target and some have none")
-    return RankedLogps(_take(logps, candidate), scores, owner, weight, target)
+    prompt_length = _row([len(e.prompt_ids) for e in examples], logps.total)
+    return RankedLogps(_take(logps, candidate), scores, owner, weight, prompt_length, target)
 
 
 def rewards_of(examples: Sequence[Example], rewards: Tensor) -> RankedRewards:

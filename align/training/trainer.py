@@ -178,7 +178,7 @@ class AlignTrainer(Trainer):
         return model, loader
 
     def _prepare_engine(self, causal_lm: Any, *_: Any) -> None:
-        """Prove the engine on the model, and choose how sequences are packed; ZeRO-3 lets nothing but tensors return."""
+        """Prove the engine on the model and choose how sequences are packed; ZeRO-3 lets only tensors return."""
         if self.step.role == "policy":  # a reward passes through no language model's head, and may have none
             check_head(causal_lm)
         dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.model.modules())

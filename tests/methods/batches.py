@@ -69,7 +69,8 @@ def random_order(n: int, seed: int, dtype: torch.dtype = torch.float64) -> tuple
 def random_ranked(n: int, seed: int, dtype: torch.dtype = torch.float64) -> RankedLogps:
     scores, prompt = random_order(n, seed, dtype)
     weight, target = random_weight(n, seed, dtype), random_logps(n, seed + 1, dtype)
-    return RankedLogps(random_logps(len(scores), seed, dtype), scores, prompt, weight, target)
+    prompt_length = random_logps(n, seed + 2, dtype).length
+    return RankedLogps(random_logps(len(scores), seed, dtype), scores, prompt, weight, prompt_length, target)
 
 
 def random_rewards(n: int, seed: int, dtype: torch.dtype = torch.float64) -> RankedRewards:

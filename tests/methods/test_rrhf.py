@@ -11,17 +11,18 @@ from tests.methods.batches import random_ranked
 from tests.methods.test_vectors import TOLERANCE
 
 
-def ranked(tokens: list[list[float]], scores: list[float]) -> RankedLogps:
+def ranked(tokens: list[list[float]], scores: list[float], prompt_length: int = 1) -> RankedLogps:
     """One prompt's candidates from the log-probabilities of their tokens."""
     total = torch.tensor([sum(row) for row in tokens], dtype=torch.float64, requires_grad=True)
     length = torch.tensor([len(row) for row in tokens], dtype=torch.float64)
     owner, one = torch.zeros(len(tokens), dtype=torch.long), torch.ones(1, dtype=torch.float64)
-    return RankedLogps(Logps(total, length), torch.tensor(scores, dtype=torch.float64), owner, one)
+    return RankedLogps(Logps(total, length), torch.tensor(scores, dtype=torch.float64), owner, one, prompt_length * one)
 
 
 def of_vector(vectors, name: str) -> tuple[RankedLogps, dict, dict]:
     inputs, expected = vectors[name]["inputs"], vectors[name]["expected"]
-    return ranked(inputs["response_token_logps"], inputs["rewards"]), inputs, expected
+    batch = ranked(inputs["response_token_logps"], inputs["rewards"], inputs.get("prompt_len", 1))
+    return batch, inputs, expected
 
 
 @pytest.mark.parametrize(
@@ -37,15 +38,12 @@ def test_vector(vectors, reduction, ft, total):
     assert out.metrics["pairs/active"].weight.sum().item() == expected["n_pairs"]
 
 
-def test_the_published_code_as_run_up_to_one_factor(vectors):
-    """It divides by prompt + longest candidate; a loss knows the longest candidate."""
+def test_the_published_code_as_run(vectors):
     batch, inputs, expected = of_vector(vectors, "rrhf_official_code_as_run")
     out = rrhf_loss(batch, RRHF(data="d", compat="official", rank_weight=inputs["rrhf_weight"]))
-    longest = inputs["padded_len"] - inputs["prompt_len"]
-    factor = longest / inputs["padded_len"]
-    assert out.terms["rank"].value.item() * factor == pytest.approx(expected["rank_loss"], abs=TOLERANCE)
-    assert out.terms["best"].value.item() * factor == pytest.approx(expected["sft_loss"], abs=TOLERANCE)
-    assert out.loss.item() * factor == pytest.approx(expected["total"], abs=TOLERANCE)
+    assert out.terms["rank"].value.item() == pytest.approx(expected["rank_loss"], abs=TOLERANCE)
+    assert out.terms["best"].value.item() == pytest.approx(expected["sft_loss"], abs=TOLERANCE)
+    assert out.loss.item() == pytest.approx(expected["total"], abs=TOLERANCE)
 
 
 def looped(batch: RankedLogps, config: RRHF) -> float:
@@ -54,7 +52,7 @@ def looped(batch: RankedLogps, config: RRHF) -> float:
     for b in range(len(batch.weight)):
         own = [c for c in range(len(batch.scores)) if batch.prompt[c] == b]
         s, n = batch.candidates.total.tolist(), batch.candidates.length.tolist()
-        width = max(n[c] for c in own)
+        width = batch.prompt_length[b].item() + max(n[c] for c in own)
         p = {c: s[c] / (width if config.compat == "official" else n[c]) for c in own}
         rank = sum(
             max(0.0, p[i] - p[j]) for i, j in itertools.permutations(own, 2) if batch.scores[i] < batch.scores[j]
@@ -79,7 +77,7 @@ def test_against_loops(settings):
     """Unequal numbers of candidates, unequal lengths, ties at the top and below."""
     batch, config = random_ranked(9, 0), RRHF(data="d", **settings)
     assert rrhf_loss(batch, config).loss.item() == pytest.approx(looped(batch, config), rel=1e-9)
-    tied = RankedLogps(batch.candidates, batch.scores.clamp(max=1), batch.prompt, batch.weight)
+    tied = RankedLogps(batch.candidates, batch.scores.clamp(max=1), batch.prompt, batch.weight, batch.prompt_length)
     assert rrhf_loss(tied, config).loss.item() == pytest.approx(looped(tied, config), rel=1e-9)
 
 

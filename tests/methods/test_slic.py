@@ -23,12 +23,12 @@ def pairs_of(inputs: dict) -> RankedLogps:
     both = [v for pair in zip(inputs["pos_logps"], inputs["neg_logps"], strict=True) for v in pair]
     scores, owner = torch.tensor([1.0, 0.0]).repeat(n), torch.arange(n).repeat_interleave(2)
     target = rows(inputs["ref_target_logps"]) if "ref_target_logps" in inputs else None
-    return RankedLogps(rows(both), scores, owner, torch.ones(n, dtype=torch.float64), target)
+    return RankedLogps(rows(both), scores, owner, *[torch.ones(n, dtype=torch.float64)] * 2, target)
 
 
 def listed(values: list[float], scores: list[float]) -> RankedLogps:
     owner = torch.zeros(len(values), dtype=torch.long)
-    return RankedLogps(rows(values), torch.tensor(scores), owner, torch.ones(1, dtype=torch.float64))
+    return RankedLogps(rows(values), torch.tensor(scores), owner, *[torch.ones(1, dtype=torch.float64)] * 2)
 
 
 def test_vector_with_a_target(vectors):

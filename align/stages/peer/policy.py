@@ -12,7 +12,7 @@ from align.models.base import load_base, without_dropout
 from align.models.roles import RoleModel
 from align.spec.job import Job
 from align.spec.model import LoraSettings
-from align.spec.stages import PolicyStage, Referenced
+from align.spec.stages import PolicyStage
 from align.stages import start
 
 TRAINED, REFERENCE = "default", "ref"
@@ -74,10 +74,10 @@ class PeerPolicy:
 
     def reference_model(self, store: Store) -> Any:
         """A second copy of the base for the reference of a policy that is trained in full; None with an adapter."""
-        if self.initial or not isinstance(self.settings, Referenced):
+        reference = start.of_reference(self.job, self.settings, store)
+        if self.initial or reference is None:
             return None
         assert self.job.model is not None
-        reference = start.of_reference(self.job, self.settings, store)
         return load_base(reference.base, dtype=self.job.model.dtype, revision=reference.revision)
 
     def settle(self, store: Store) -> None:
@@ -94,9 +94,9 @@ class PeerPolicy:
         for tensor in tensors.values():
             tensor.data = tensor.data.float()
         lora.fill(tensors, self.initial, "the adapter")
-        if not isinstance(self.settings, Referenced):
-            return
         reference = start.of_reference(self.job, self.settings, store)
+        if reference is None:
+            return
         parent = start.of_policy(self.job, self.settings, store)
         if (reference.base, reference.adapter) == (parent.base, parent.adapter):
             return
