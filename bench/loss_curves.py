@@ -29,6 +29,7 @@ data:
   corpus: {generator: film-reviews, part: corpus, format: prompt_completion, rows: 400}
   demonstrations: {generator: film-reviews, part: demonstrations, format: prompt_completion, rows: 150}
   preferences: {generator: film-reviews, part: preferences, format: pairs, rows: 150}
+  labels: {generator: film-reviews, part: preferences, format: pairs, convert: unpaired, rows: 75}
 stages:
   base:
     kind: pretrain
@@ -50,10 +51,15 @@ stages:
       pack_tokens: 1024
   sft: {kind: sft, data: demonstrations, train: {<<: *train, seed: 1}}
   dpo: {kind: dpo, policy: parent, reference: parent, data: preferences, beta: 0.1, train: *train}
+  kto: {kind: kto, policy: parent, reference: parent, data: labels, beta: 0.1, desirable_weight: 1.2, train: *train}
 """
-FULL = ("model.quantization=none", "model.adapter=none")
-KINDS = ("sft", "dpo")
-TOLERANCE = {"sft": 1e-4, "dpo": 1e-4}
+FULL = (
+    "model.quantization=none",
+    "model.adapter=none",
+    *(f"stages.{name}.train.learning_rate=5e-4" for name in ("parent", "sft", "dpo", "kto")),
+)
+KINDS = ("sft", "dpo", "kto")
+TOLERANCE = {"sft": 1e-4, "dpo": 1e-4, "kto": 1e-4}
 """Largest difference of a loss that fp32 sums in another order may make over such a run."""
 
 

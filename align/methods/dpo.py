@@ -25,11 +25,11 @@ from torch import Tensor
 from align.methods import method
 from align.methods.ops import log_ratio, paired_metrics
 from align.spec.base import PolicyRef, Unread
-from align.spec.stages import PairedStage, Referenced
+from align.spec.stages import Engined, PairedStage, Referenced
 from align.types import Batch, LossOutput, Needs, PairedLogps
 
 
-class DPO(PairedStage, Referenced):
+class DPO(PairedStage, Referenced, Engined):
     """Settings of `kind: dpo`."""
 
     unread: ClassVar[tuple[Unread, ...]] = (

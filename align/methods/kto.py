@@ -19,11 +19,11 @@ from pydantic import PositiveFloat
 
 from align.methods import method
 from align.methods.ops import log_ratio
-from align.spec.stages import Referenced, UnpairedStage
+from align.spec.stages import Engined, Referenced, UnpairedStage
 from align.types import Batch, LossOutput, Needs, Term, UnpairedLogps
 
 
-class KTO(UnpairedStage, Referenced):
+class KTO(UnpairedStage, Referenced, Engined):
     """Settings of `kind: kto`."""
 
     kind: Literal["kto"] = "kto"

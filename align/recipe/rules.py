@@ -12,6 +12,8 @@ from functools import reduce
 from typing import Any
 
 from align.errors import RecipeError
+from align.methods.dpo import DPO
+from align.methods.kto import KTO
 from align.methods.pretrain import Pretrain
 from align.recipe.graph import Graph, Node
 from align.recipe.lineage import model_loc
@@ -89,6 +91,14 @@ def _trl_head(node: Node) -> bool:
 def _trl_best(node: Node) -> bool:
     validation = node.stage.train.validation if _trl(node) and isinstance(node.stage, TrainedStage) else None
     return validation is not None and (validation.keep == "best" or validation.patience is not None)
+
+
+def _unsmoothed(stage: DPO) -> bool:
+    return stage.loss == "sigmoid" and stage.label_smoothing > 0
+
+
+def _by_token(stage: DPO) -> bool:
+    return stage.loss != "sigmoid" and stage.reduction == "token_mean"
 
 
 RULES: tuple[Rule, ...] = (
@@ -181,6 +191,38 @@ RULES: tuple[Rule, ...] = (
         "TRL's SFT has the mean over tokens alone",
         "write reduction: token_mean, or engine: align",
     ),
+    Rule(
+        "trl-reference",
+        ("stage.reference", "stage.engine"),
+        "`engine: trl` with `reference: null`",
+        lambda node: _trl(node) and getattr(node.stage, "reference", "") is None,
+        "TRL takes the policy's start for the reference where none is given",
+        "name a stage as reference, or write engine: align",
+    ),
+    Rule(
+        "trl-smoothing",
+        ("stage.label_smoothing", "stage.loss", "stage.engine"),
+        "`engine: trl` with `label_smoothing` and `loss: sigmoid`",
+        lambda node: _trl(node) and isinstance(node.stage, DPO) and _unsmoothed(node.stage),
+        "TRL 1.16 accepts label_smoothing with its sigmoid loss and does not read it",
+        "write loss: robust, or engine: align",
+    ),
+    Rule(
+        "trl-loss",
+        ("stage.loss", "stage.reduction", "stage.engine"),
+        "`engine: trl` with `loss: robust` or `rso` and `reduction: token_mean`",
+        lambda node: _trl(node) and isinstance(node.stage, DPO) and _by_token(node.stage),
+        "TRL has the token mean for its sigmoid loss alone",
+        "write reduction: sum or loss: sigmoid, or engine: align",
+    ),
+    Rule(
+        "trl-kto",
+        ("stage.train.global_batch_size", "stage.engine"),
+        "`engine: trl` with `kind: kto` and one example per step",
+        lambda node: _trl(node) and isinstance(node.stage, KTO) and node.stage.train.global_batch_size < 2,
+        "TRL estimates the KL term from a batch of at least 2",
+        "write a larger global_batch_size",
+    ),
 )
 
 
@@ -216,7 +258,9 @@ def _shown(value: Any) -> str:
         return value.kind
     if isinstance(value, list):
         return f"[{', '.join(value)}]"
-    return {None: "unset", True: "true", False: "false"}.get(value, str(value))
+    if value is None or isinstance(value, bool):  # 1 equals True
+        return {None: "unset", True: "true", False: "false"}[value]
+    return str(value)
 
 
 def _loc(field: str, node: Node, loaded: LoadedRecipe) -> Loc:

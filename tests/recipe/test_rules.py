@@ -27,6 +27,7 @@ launch: {processes: 2}
 """
 
 ALONE = ["stages.sft.engine=trl", "stages.sft.launch={processes: 1}"]
+PEER = ["stages.dpo.engine=trl", "stages.dpo.launch={processes: 1}"]
 
 BROKEN = {
     "quantised-full": (
@@ -88,6 +89,26 @@ BROKEN = {
         "--set stages.sft.reduction=sequence_mean",
         "stage `sft` has reduction sequence_mean with engine trl",
     ),
+    "trl-reference": (
+        [*PEER, "stages.dpo.reference=null"],
+        "--set stages.dpo.reference=null",
+        "stage `dpo` has reference unset with engine trl",
+    ),
+    "trl-smoothing": (
+        [*PEER, "stages.dpo.label_smoothing=0.1"],
+        "--set stages.dpo.label_smoothing=0.1",
+        "stage `dpo` has label_smoothing 0.1 with loss sigmoid with engine trl",
+    ),
+    "trl-loss": (
+        [*PEER, "stages.dpo.loss=rso", "stages.dpo.reduction=token_mean"],
+        "--set stages.dpo.loss=rso",
+        "stage `dpo` has loss rso with reduction token_mean with engine trl",
+    ),
+    "trl-kto": (
+        [*PEER, "stages.dpo.kind=kto", "data.pairs.convert=unpaired", "stages.dpo.train.global_batch_size=1"],
+        "--set stages.dpo.train.global_batch_size=1",
+        "stage `dpo` has global_batch_size 1 with engine trl",
+    ),
 }
 
 
@@ -128,6 +149,8 @@ def test_a_combination_is_refused_with_its_place_values_and_fix(check: Check, ru
         ["stages.sft.model={adapter: {kind: lora, rank: 4, alpha: 8, dropout: 0.1}}"],
         ["stages.base.architecture={heads: 8, kv_heads: 2}"],
         [*ALONE, "stages.sft.train.validation={every_steps: 5}"],
+        [*PEER, "stages.dpo.loss=robust", "stages.dpo.label_smoothing=0.1"],
+        [*PEER, "stages.dpo.reduction=token_mean"],
     ],
     ids=" ".join,
 )

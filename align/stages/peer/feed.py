@@ -60,7 +60,9 @@ class Feed:
             return {"input_ids": ids, "attention_mask": attention, "labels": ids.masked_fill(~mask, IGNORED)}
         if self.kind is Batch.PAIRED:
             return self._named("", examples, 0, 1)
-        raise NotImplementedError(self.kind)
+        # TRL would pair each prompt with its neighbour's completion in the batch; align says which of the data it is.
+        labels = torch.tensor([e.scores[0] > 0 for e in examples])
+        return {**self._named("", examples, 0), **self._named("KL_", examples, 1), "label": labels}
 
     def _named(self, prefix: str, examples: Sequence[Example], *which: int) -> dict[str, Tensor]:
         ids, attention, mask = self._rows(examples, *which)

@@ -78,7 +78,9 @@ class PeerPolicy:
         if self.initial or reference is None:
             return None
         assert self.job.model is not None
-        return load_base(reference.base, dtype=self.job.model.dtype, revision=reference.revision)
+        model = load_base(reference.base, dtype=self.job.model.dtype, revision=reference.revision)
+        # Where the policy starts from it, both round alike: a lower compute dtype comes from autocast.
+        return model.float() if reference.base == self.begin.base else model
 
     def settle(self, store: Store) -> None:
         """After a trainer was built: trained weights in fp32 again, and the reference that the recipe names.
@@ -88,6 +90,7 @@ class PeerPolicy:
         """
         if not self.initial:
             return
+        assert self.job.model is not None
         from align.models import lora
 
         tensors: dict[str, Tensor] = dict(lora.adapter_tensors(self.base, TRAINED))
@@ -98,7 +101,7 @@ class PeerPolicy:
         if reference is None:
             return
         parent = start.of_policy(self.job, self.settings, store)
-        if (reference.base, reference.adapter) == (parent.base, parent.adapter):
+        if self.job.model.merge_parent or (reference.base, reference.adapter) == (parent.base, parent.adapter):
             return
         self.model.delete_adapter(REFERENCE)  # without one TRL switches adapters off, which is the base
         if reference.adapter is not None:

@@ -20,6 +20,8 @@ from align.artifacts.store import Store
 from align.data.chat import Example
 from align.errors import LaunchError, TrainingError
 from align.methods import get_method
+from align.methods.dpo import DPO
+from align.methods.kto import KTO
 from align.methods.sft import SFT
 from align.models.platform import compute_dtype, device
 from align.spec.job import Job
@@ -33,6 +35,14 @@ from align.training.schedule import Schedule
 
 NAMES = {"rewards/accuracies": "rewards/accuracy", "rewards/margins": "rewards/margin"}
 """What TRL calls it -> what align calls it; everything else keeps TRL's name."""
+
+DPO_LOSSES = {
+    ("sigmoid", "sum"): "sigmoid",
+    ("sigmoid", "token_mean"): "sigmoid_norm",
+    ("robust", "sum"): "robust",
+    ("rso", "sum"): "hinge",
+}
+"""`loss` and `reduction` of `kind: dpo` -> TRL's `loss_type`; `align check` refuses the others."""
 
 
 def import_trl() -> Any:
@@ -53,7 +63,7 @@ def import_trl() -> Any:
 def classes(kind: str) -> tuple[Any, Any]:
     """TRL's trainer and its config class for a kind of stage."""
     trl = import_trl()
-    name = {"sft": "SFT"}[kind]
+    name = {"sft": "SFT", "dpo": "DPO", "kto": "KTO"}[kind]
     return getattr(trl, f"{name}Trainer"), getattr(trl, f"{name}Config")
 
 
@@ -69,7 +79,25 @@ def own_arguments(settings: PolicyStage) -> dict[str, Any]:
             "shuffle_dataset": False,
             "dataset_kwargs": {"skip_prepare_dataset": True},
         }
-    raise NotImplementedError(type(settings).__name__)
+    shared = {"disable_dropout": False, "precompute_ref_log_probs": False, "sync_ref_model": False}
+    if isinstance(settings, DPO):
+        return shared | {
+            "loss_type": [DPO_LOSSES[settings.loss, settings.reduction]],
+            "beta": settings.beta,
+            "label_smoothing": settings.label_smoothing,
+            "loss_weights": None,
+            "ld_alpha": None,
+            "f_divergence_type": "reverse_kl",
+            "use_weighting": False,
+            "padding_free": False,
+        }
+    assert isinstance(settings, KTO)
+    return shared | {
+        "loss_type": "kto",
+        "beta": settings.beta,
+        "desirable_weight": settings.desirable_weight,
+        "undesirable_weight": settings.undesirable_weight,
+    }
 
 
 def arguments(job: Job, settings: PolicyStage, schedule: Schedule, micro: int) -> Any:
