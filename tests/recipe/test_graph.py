@@ -169,7 +169,7 @@ def test_a_long_chain_is_no_problem(check: Check) -> None:
             "data: pairs}",
             "data: heldout}",
             "10: stages.dpo.data: `heldout` has the format prompts, which holds prompt records; dpo reads pair records",
-            "formats that serve: pairs; entries that do: pairs",
+            "formats that serve: pairs, labelled_pairs; entries that do: pairs",
         ),
         (
             "sft, data: corpus",

@@ -194,10 +194,10 @@ def test_a_full_policy_straight_on_the_base_shares_it_with_its_reference(check: 
 
 
 def test_merging_and_long_texts_are_told(check: Check) -> None:
-    rows = plan_of(check(SEVEN, "stages.dpo.model={merge_parent: true}", "stages.base.train.max_tokens=600"))
+    rows = plan_of(check(SEVEN, "stages.dpo.model={merge_parent: true}", "stages.base.train.max_tokens=1600"))
     assert rows["dpo"].notes[0].startswith("merging takes 25.10 GiB")
     assert rows["dpo"].disk == 4 * 39_976_960 + 2 * 6_738_415_616
-    assert rows["base"].notes == ("max_tokens 600 is more than the 512 positions the model was made for",)
+    assert rows["base"].notes == ("max_tokens 1600 is more than the 1024 positions the model was made for",)
 
 
 def test_a_model_that_is_not_here_is_said_to_be_unknown(check: Check) -> None:

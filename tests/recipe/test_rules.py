@@ -195,23 +195,23 @@ SHORT = {"max_position_embeddings": 64}
     ("overrides", "told", "fix"),
     [
         (
-            ["stages.base.train.max_tokens=513"],
-            "--set stages.base.train.max_tokens=513: max_tokens 513 is more than the 512 positions that `base` was",
+            ["stages.base.train.max_tokens=1025"],
+            "--set stages.base.train.max_tokens=1025: max_tokens 1025 is more than the 512 positions that `base` was",
             "write max_tokens: 512 or less, or raise architecture.max_positions of stage `base`",
         ),
         (
-            ["stages.dpo.train.max_tokens=600"],
-            "--set stages.dpo.train.max_tokens=600: max_tokens 600 is more than the 512 positions that `base` was",
-            "write max_tokens: 512 or less, or raise architecture.max_positions of stage `base`",
+            ["stages.dpo.train.max_tokens=1600"],
+            "--set stages.dpo.train.max_tokens=1600: max_tokens 1600 is more than the 1024 positions that `base` was",
+            "write max_tokens: 1024 or less, or raise architecture.max_positions of stage `base`",
         ),
         (  # through a parent that was trained in full
             [
                 "stages.sft.model={adapter: none, quantization: none}",
                 "stages.dpo.model={base: sft, adapter: none, quantization: none}",
-                "stages.dpo.train.max_tokens=600",
+                "stages.dpo.train.max_tokens=1600",
             ],
-            "--set stages.dpo.train.max_tokens=600: max_tokens 600 is more than the 512 positions that `base` was",
-            "write max_tokens: 512 or less",
+            "--set stages.dpo.train.max_tokens=1600: max_tokens 1600 is more than the 1024 positions that `base` was",
+            "write max_tokens: 1024 or less",
         ),
         (  # what nobody wrote points at the stage
             [
@@ -219,8 +219,8 @@ SHORT = {"max_position_embeddings": 64}
                 "stages.base.train.max_tokens=512",
                 "stages.dpo.train.max_tokens=512",
             ],
-            "recipe.yaml:13: stages.sft.train.max_tokens: max_tokens 1024 (the default) is more than the 512 positions",
-            "write max_tokens: 512 or less",
+            "recipe.yaml:13: stages.sft.train.max_tokens: max_tokens 1024 (the default) is more than the 1024 positions",
+            "write max_tokens: 1024 or less",
         ),
     ],
 )
