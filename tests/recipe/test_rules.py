@@ -196,8 +196,8 @@ SHORT = {"max_position_embeddings": 64}
     [
         (
             ["stages.base.train.max_tokens=1025"],
-            "--set stages.base.train.max_tokens=1025: max_tokens 1025 is more than the 512 positions that `base` was",
-            "write max_tokens: 512 or less, or raise architecture.max_positions of stage `base`",
+            "--set stages.base.train.max_tokens=1025: max_tokens 1025 is more than the 1024 positions that `base` was",
+            "write max_tokens: 1024 or less, or raise architecture.max_positions of stage `base`",
         ),
         (
             ["stages.dpo.train.max_tokens=1600"],
@@ -219,8 +219,8 @@ SHORT = {"max_position_embeddings": 64}
                 "stages.base.train.max_tokens=512",
                 "stages.dpo.train.max_tokens=512",
             ],
-            "recipe.yaml:13: stages.sft.train.max_tokens: max_tokens 1024 (the default) is more than the 1024 positions",
-            "write max_tokens: 1024 or less",
+            "recipe.yaml:13: stages.sft.train.max_tokens: max_tokens 1024 (the default) is more than the 512 positions",
+            "write max_tokens: 512 or less",
         ),
     ],
 )
