@@ -151,14 +151,14 @@ class RowCache:
             if self._name(content) != path.name:
                 raise ValueError("its bytes are not those that were written")
             tensors = safetensors.numpy.load(content)
+            keys, asked = tensors["keys"].tobytes(), tensors["asked"].tobytes()
+            lengths, values = tensors["lengths"], tensors["values"]
         except FileNotFoundError:
             return  # collected a moment ago
-        except (OSError, ValueError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, SafetensorError) as error:  # KeyError: of another version of align
             logger.warning("%s is damaged (%s); its rows are computed again", path, error)
             with suppress(OSError):
                 path.unlink()
             return
-        keys, asked = tensors["keys"].tobytes(), tensors["asked"].tobytes()
-        lengths, values = tensors["lengths"], tensors["values"]
         for i, (end, length) in enumerate(zip(np.cumsum(lengths), lengths, strict=True)):
             yield keys[i * KEY_BYTES : (i + 1) * KEY_BYTES], values[end - length : end], asked

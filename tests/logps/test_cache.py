@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 
 from align.data.chat import Completion, Example
@@ -110,6 +111,14 @@ def flip(path: Path, at: int) -> None:
     path.write_bytes(content)
 
 
+def without(path: Path, tensor: str) -> None:
+    """A whole shard under its right name, as a version of align would have written it that knew less."""
+    tensors = safetensors.numpy.load(path.read_bytes())
+    content = safetensors.numpy.save({name: value for name, value in tensors.items() if name != tensor})
+    path.unlink()
+    path.with_name(RowCache(path.parent)._name(content)).write_bytes(content)
+
+
 DAMAGE = {
     "first byte": lambda path: flip(path, 0),
     "a name": lambda path: flip(path, 12),
@@ -117,6 +126,7 @@ DAMAGE = {
     "half": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
     "nothing": lambda path: path.write_bytes(b""),
     "more": lambda path: path.write_bytes(path.read_bytes() + b"\0"),
+    "another version": lambda path: without(path, "asked"),
     "another name": lambda path: path.rename(path.with_name(f"rows-{'0' * 32}.safetensors")),
 }
 
