@@ -33,6 +33,10 @@ CONFIGS = {"dpo": DPO(data="d", reference="base", beta=BETA), "reward": Reward(d
 
 
 PLAIN_ROWS = "plain rows"
+NOTES = {
+    "ours": "packing auto, the reference precomputed, one step of align's trainer without its optimizer",
+    PLAIN_ROWS: "the same in padded rows, as ranked candidates have no peer",
+}
 
 
 class Arm(Protocol):
@@ -100,17 +104,20 @@ class Ours:
         roles: The model; arms may share one.
         name: Of the arm.
         without: The technique that is switched off, if one is.
+        beside: An arm whose reference is taken over.
     """
 
     deterministic = True
 
-    def __init__(self, world: World, roles: RoleModel, name: str = "ours", without: str = "") -> None:
+    def __init__(
+        self, world: World, roles: RoleModel, name: str = "ours", without: str = "", beside: Ours | None = None
+    ) -> None:
         self.world, self.roles, self.name, self.without = world, roles, name, without
         self.packing = self._packing()
         method = get_method(world.case.kind)
         self.config = CONFIGS[world.case.kind]
         self.task = Step(method, self.config, world.shape.pack_tokens, self.packing)
-        self.references = self.reference() if method.reference else None
+        self.references = beside.references if beside else self.reference() if method.reference else None
         self.groups = [[world.examples[i] for i in pack.examples] for pack in self.task.packs(world.examples)]
         self.passes = f"{self.packing}, {len(self.groups)} pack{'s' * (len(self.groups) > 1)}"
 
@@ -207,13 +214,13 @@ def our_arms(world: World, *, ablations: bool) -> list[Ours]:
     for each in ABLATIONS if ablations else ():
         if world.case.kind in each.methods and (padded or not each.padded):
             own = world.roles(checkpointing=True) if each.without == "checkpointing" else roles
-            arms.append(Ours(world, own, each.name, each.without))
+            arms.append(Ours(world, own, each.name, each.without, arms[0]))
     return arms
 
 
 def plain_rows(world: World, beside: Ours) -> Ours:
     """Padded rows and all else as it is: what ranked candidates are compared with, as there is no peer."""
-    return Ours(world, beside.roles, PLAIN_ROWS, "packing")
+    return Ours(world, beside.roles, PLAIN_ROWS, "packing", beside)
 
 
 class _OtherHead(nn.Linear):

@@ -1,10 +1,4 @@
-"""TRL's own trainers on the same model and the same token ids, their `training_step` called on their own batches.
-
-- ``trl default``: what a user gets who sets nothing: a batch of 8, gradient checkpointing, the reference computed in
-  every step with adapters off. bf16, its default, stays on where the base is quantised; in fp32 it is off for equality.
-- ``trl tuned``: as far as a user could: checkpointing off, the reference precomputed, the fastest batch size with
-  accumulation, rows of like length together. `padding_free` is not there: TRL 1.16 warns and ignores it.
-"""
+"""TRL's own trainers on the same model and the same token ids, their `training_step` called on their own batches."""
 
 from __future__ import annotations
 
@@ -30,6 +24,12 @@ from bench.arms import forget, in_order
 from bench.clock import seconds
 from bench.worlds import BETA, World, copy_of, draw
 
+NOTES = {
+    "trl default": "what a user gets who sets nothing: batches of 8, gradient checkpointing, the reference in every "
+    "step with adapters off; bf16, its default, is on where the base is quantised and off in fp32, for equality",
+    "trl tuned": "as far as a user could: no checkpointing, the reference precomputed, the fastest batch size with "
+    "accumulation, rows of like length together; TRL 1.16 ignores padding_free for DPO, and knows no packing",
+}
 DEFAULT_BATCH = 8
 TRAINED = "default"
 

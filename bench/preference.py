@@ -29,9 +29,10 @@ import torch
 from rich.console import Console
 
 from align.models.platform import prepare_process
-from bench.arms import Arm, Ours, forget, our_arms, plain_rows
+from bench.arms import NOTES, Arm, Ours, forget, our_arms, plain_rows
 from bench.clock import Times, in_turns, product_flops, ratio, seconds
 from bench.gate import Gate, Result, judge, measured, plain
+from bench.peers import NOTES as PEER_NOTES
 from bench.peers import Peer, peers
 from bench.tables import print_case, print_gate, print_machine, print_verdict
 from bench.verdict import gains, lines
@@ -45,11 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run and tabulate."""
     options = _options(argv)
     prepare_process()
+    torch.utils.deterministic.fill_uninitialized_memory = False
     warnings.filterwarnings("ignore", category=FutureWarning)
     device = torch.device("cuda", 0) if options.device == "cuda" else torch.device("cpu")
     console = Console(width=None if sys.stdout.isatty() else 160)
     record: dict[str, Any] = {"machine": _machine(device), "shapes": {}, "cases": []}
-    print_machine(console, record["machine"])
+    print_machine(console, record["machine"], NOTES | PEER_NOTES)
     timed: list[dict[str, Any]] = []
     for name in options.shape or DEFAULTS[options.device]:
         shape = SHAPES[name].quick() if options.quick else SHAPES[name]
@@ -106,6 +108,16 @@ class Bench:
 
     def run(self, case: Case) -> dict[str, Any]:
         """Gate, then times; every figure of the case."""
+        before = torch.are_deterministic_algorithms_enabled()
+        try:
+            return self._run(case)
+        finally:
+            torch.use_deterministic_algorithms(before)
+            gc.collect()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _run(self, case: Case) -> dict[str, Any]:
         record: dict[str, Any] = {"shape": self.shape.name, "case": case.name, "kind": case.kind, "gate": {}}
         record |= {"failures": [], "left_out": {}}
         if self.shape.quantized:
@@ -118,9 +130,6 @@ class Bench:
             results = self._gate(world, arms, record, "bf16" if self.shape.quantized else "fp32")
             if not record["failures"]:
                 self._time(world, [arm for arm in arms if arm.name in results], results, record)
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
         return record
 
     def _arms(self, world: World) -> list[Arm]:

@@ -13,10 +13,15 @@ from bench.verdict import Line
 MIB = 2**20
 
 
-def print_machine(console: Console, machine: Mapping[str, Any]) -> None:
-    """Where this runs, and with what."""
+def print_machine(console: Console, machine: Mapping[str, Any], notes: Mapping[str, str]) -> None:
+    """Where this runs, with what, and what the arms are."""
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     console.print(f"{machine['processor']}, {machine['threads']} threads; {versions}")
+    for name, note in notes.items():
+        console.print(f"  {name}: {note}")
+    console.print(
+        "  live MiB: most bytes of tensors at once during a step, beyond weights; times are medians of rounds in turns"
+    )
 
 
 def print_case(console: Console, case: Mapping[str, Any]) -> None:

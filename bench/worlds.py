@@ -97,7 +97,8 @@ class Shape:
     def quick(self) -> Shape:
         """Small enough to run the same code in seconds anywhere; its times mean nothing."""
         small = {"hidden": 64, "intermediate": 128, "layers": 2, "heads": 4, "kv_heads": min(self.kv_heads, 2)}
-        return replace(self, **small, vocab=512, rank=4, pairs=4, prompts=1, repeats=1, scale=16, spread=0.1)
+        fewer = {"vocab": 512, "rank": 4, "pairs": 4, "prompts": 1, "repeats": 1, "scale": 16}
+        return replace(self, **small, **fewer, spread=0.1, ablated=None)
 
     def exact(self) -> Shape:
         """The same widths in fp32, on few layers where the whole would not fit: what the gate compares to 1e-5."""
@@ -135,7 +136,8 @@ def _published(name: str, **sizes: Any) -> Shape:
 SHAPES = {
     shape.name: shape
     for shape in (
-        Shape("small", "llama", 256, 768, 4, 4, 4, 8192, pairs=4),
+        Shape("small", "llama", 256, 768, 4, 4, 4, 8192, pairs=4,
+              ablated=("dpo-512-128", "dpo-lognormal", "reward-512-128", "rrhf-k8-r4")),
         Shape("medium", "llama", 512, 1536, 8, 8, 8, 32_000, pairs=2, prompts=1, repeats=3, ablated=("dpo-512-128",)),
         _published("qwen-0.5b", family="qwen2", hidden=896, intermediate=4864, layers=24, heads=14, kv_heads=2,
                    vocab=151_936, tied=True),
