@@ -52,14 +52,15 @@ stages:
   sft: {kind: sft, data: demonstrations, train: {<<: *train, seed: 1}}
   dpo: {kind: dpo, policy: parent, reference: parent, data: preferences, beta: 0.1, train: *train}
   kto: {kind: kto, policy: parent, reference: parent, data: labels, beta: 0.1, desirable_weight: 1.2, train: *train}
+  reward: {kind: reward, policy: parent, data: preferences, centring: 0.01, train: *train}
 """
 FULL = (
     "model.quantization=none",
     "model.adapter=none",
-    *(f"stages.{name}.train.learning_rate=5e-4" for name in ("parent", "sft", "dpo", "kto")),
+    *(f"stages.{name}.train.learning_rate=5e-4" for name in ("parent", "sft", "dpo", "kto", "reward")),
 )
-KINDS = ("sft", "dpo", "kto")
-TOLERANCE = {"sft": 1e-4, "dpo": 1e-4, "kto": 1e-4}
+KINDS = ("sft", "dpo", "kto", "reward")
+TOLERANCE = {"sft": 1e-4, "dpo": 1e-4, "kto": 1e-4, "reward": 1e-4}
 """Largest difference of a loss that fp32 sums in another order may make over such a run."""
 
 

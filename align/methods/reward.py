@@ -21,11 +21,11 @@ from torch import Tensor
 from align.methods import method
 from align.methods.ops import RankedPairs
 from align.spec.base import Unread
-from align.spec.stages import GenerationSettings, RankedStage
+from align.spec.stages import Engined, GenerationSettings, RankedStage
 from align.types import Batch, LossOutput, Needs, RankedRewards, Term
 
 
-class Reward(RankedStage):
+class Reward(RankedStage, Engined):
     """Settings of `kind: reward`."""
 
     unread: ClassVar[tuple[Unread, ...]] = tuple(

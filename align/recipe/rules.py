@@ -22,6 +22,7 @@ from align.recipe.origins import Loc
 from align.recipe.sizes import positions_of_folder
 from align.recipe.sources import base_folder
 from align.recipe.validate import combine
+from align.spec.data import records_of
 from align.spec.model import Architecture, LoraSettings
 from align.spec.stages import TrainedStage, engine_of, reference_of
 
@@ -222,6 +223,14 @@ RULES: tuple[Rule, ...] = (
         lambda node: _trl(node) and isinstance(node.stage, KTO) and node.stage.train.global_batch_size < 2,
         "TRL estimates the KL term from a batch of at least 2",
         "write a larger global_batch_size",
+    ),
+    Rule(
+        "trl-ranked",
+        ("stage.data", "stage.engine"),
+        "`engine: trl` with `kind: reward` and ranked lists",
+        lambda node: _trl(node) and any(records_of(source) == "ranked" for source in node.data.values()),
+        "TRL's reward trainer knows pairs alone",
+        "write convert: all_pairs in the data (each pair then counts alike), or engine: align",
     ),
 )
 

@@ -8,10 +8,11 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from align.artifacts.seal import write_atomic
 from align.artifacts.store import Store
@@ -27,7 +28,7 @@ from align.stages import start
 from align.training import collectives
 from align.training.checkpoint import put_trainable
 from align.training.rewards import completion_rewards
-from align.training.trainer import AlignTrainer
+from align.training.step import Step
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +120,19 @@ def _draw(
     return list(zip(chosen, completions, strict=True))
 
 
-def judge(trainer: AlignTrainer, settings: Reward, samples: Sequence[Example], report: Any) -> Judgement:
+class Finished(Protocol):
+    """What `judge` has to know of a trainer that is done."""
+
+    model: Any
+    model_wrapped: Any
+    state: Any
+    step: Step
+    examples: Sequence[Example]
+    validation: Sequence[Example]
+    final_state: dict[str, Tensor]
+
+
+def judge(trainer: Finished, settings: Reward, samples: Sequence[Example], report: Any) -> Judgement:
     """Evaluate the weights that the stage ends with, and find their scale; all ranks together, after `fit`.
 
     Args:

@@ -109,6 +109,11 @@ BROKEN = {
         "--set stages.dpo.train.global_batch_size=1",
         "stage `dpo` has global_batch_size 1 with engine trl",
     ),
+    "trl-ranked": (
+        [*PEER, "stages.dpo={kind: reward, policy: sft, data: pairs}", *PEER, "data.pairs.format=ranked"],
+        "--set stages.dpo=",
+        "stage `dpo` has data pairs with engine trl",
+    ),
 }
 
 

@@ -16,8 +16,8 @@ import yaml
 from safetensors.torch import load_file
 
 from align.data.chat import Example
-from align.errors import DataError, LaunchError, TrainingError
-from align.stages.peer.feed import EpochOrder, micro_batch
+from align.errors import DataError, LaunchError, RecipeError, TrainingError
+from align.stages.peer.feed import EpochOrder, micro_batch, padding_id
 from align.stages.peer.trainer import import_trl
 from align.training.schedule import Schedule
 from align.types import Batch
@@ -76,22 +76,24 @@ def test_sft_in_bf16_stays_within_its_noise(world: Path) -> None:
 
 
 @MODELS
-def test_the_artifact_is_one_of_aligns(world: Path, model: tuple[str, ...]) -> None:
-    (_, ours), (_, peers) = pair(world, "sft", *short("sft"), *model)
+@pytest.mark.parametrize("name", ["sft", "reward"])
+def test_the_artifact_is_one_of_aligns(world: Path, name: str, model: tuple[str, ...]) -> None:
+    (_, ours), (_, peers) = pair(world, name, *short(name), *model)
     files = lambda folder: {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}  # noqa: E731
     assert files(ours) == files(peers)
-    for name in files(ours):
-        if name.endswith(".safetensors"):
-            mine, theirs = load_file(ours / name), load_file(peers / name)
+    for file in files(ours):
+        if file.endswith(".safetensors"):
+            mine, theirs = load_file(ours / file), load_file(peers / file)
             assert {k: t.dtype for k, t in mine.items()} == {k: t.dtype for k, t in theirs.items()}
             assert max((mine[k] - theirs[k]).abs().max().item() for k in mine) < 1e-3
-        elif "/" in name:  # configurations, tokenizer, chat template
-            assert (ours / name).read_bytes() == (peers / name).read_bytes(), name
+        elif "/" in file:  # configurations, tokenizer, chat template
+            assert (ours / file).read_bytes() == (peers / file).read_bytes(), file
     manifest = json.loads((peers / "manifest.json").read_text())
     assert manifest["settings"]["engine"] == "trl"
     assert manifest["steps"] == 12
-    policy = json.loads((ours / "manifest.json").read_text())["policy"]
-    assert manifest["policy"] == policy | {"base": manifest["fingerprint"] if model else policy["base"]}
+    made = {"sft": "policy", "reward": "reward"}[name]
+    record = json.loads((ours / "manifest.json").read_text())[made]
+    assert manifest[made] == record | {"base": manifest["fingerprint"] if model else record["base"]}
     assert "engine: trl" in (peers / "README.md").read_text()
 
 
@@ -111,6 +113,26 @@ def test_preferences_give_the_same_losses_and_rewards(world: Path, name: str, mo
         assert [a for a, _ in even] == pytest.approx([b for _, b in even], abs=1e-2, rel=1e-3), metric
     assert max(map(abs, ours.of("rewards/chosen"))) > 0.1, "rewards that stay at 0 show nothing"
     assert ours.lines[-1].keys() - peers.lines[-1].keys() == {"tokens_per_second"}
+
+
+@MODELS
+def test_a_reward_model_is_the_same(world: Path, model: tuple[str, ...]) -> None:
+    (ours, folder), (peers, other) = pair(world, "reward", *short("reward"), *model)
+    assert largest(ours.of(), peers.of()) < TOLERANCE["reward"]
+    assert ours.of("grad_norm") == pytest.approx(peers.of("grad_norm"), rel=1e-3)
+    assert ours.of("rewards/margin")[2] == pytest.approx(peers.of("rewards/margin")[2], abs=1e-3)
+    for file in ("evaluation.json", "normalization.json"):
+        mine, theirs = (json.loads((each / file).read_text()) for each in (folder, other))
+        assert mine.keys() == theirs.keys()
+    assert mine["mean"] == pytest.approx(theirs["mean"], abs=1e-3)
+    assert mine["std"] == pytest.approx(theirs["std"], rel=1e-3)
+
+
+def test_a_margin_counts_in_both(world: Path) -> None:
+    wanted = ("stages.reward.train.max_steps=3", "stages.reward.margin=score", "stages.reward.normalise=samples")
+    (plain, _), (ours, _), (peers, _) = run(world, "reward", *short("reward")), *pair(world, "reward", *wanted)
+    assert largest(ours.of(), peers.of()) < TOLERANCE["reward"]
+    assert ours.of()[0] > plain.of()[0] + 0.1
 
 
 @pytest.mark.parametrize(
@@ -197,6 +219,26 @@ def test_rows_with_weights_are_refused(world: Path) -> None:
     with pytest.raises(DataError, match="row 1 has weight 2, and TRL"):
         run(world, "sft", "stages.sft.engine=trl", "stages.sft.data=weighted",
             "data.weighted={path: weighted.jsonl, format: prompt_completion}")  # fmt: skip
+
+
+def test_lists_are_refused_where_pairs_are_wanted(world: Path) -> None:
+    row = {"prompt": "say it", "responses": ["one", "two", "three"], "scores": [1, 2, 3]}
+    (world / "ranked.jsonl").write_text(json.dumps(row) + "\n")
+    lists = ("stages.reward.data=lists", "data.lists={path: ranked.jsonl, format: ranked}")
+    with pytest.raises(RecipeError, match="knows pairs alone"):
+        run(world, "reward", "stages.reward.engine=trl", *lists)
+    pairs = (lists[0], "data.lists={path: ranked.jsonl, format: ranked, convert: all_pairs}")
+    curves = pair(world, "reward", *pairs, "stages.reward.train.max_steps=2")
+    assert largest(curves[0][0].of(), curves[1][0].of()) < TOLERANCE["reward"]
+
+
+def test_padding_ends_no_row_of_a_reward_model() -> None:
+    """Its classifier would take a last token with the id of padding for padding."""
+    examples = random_examples(4, 2)
+    last = [c.ids[-1] for e in examples for c in e.completions]
+    assert padding_id(Batch.RANKED, examples, last[0], 300) not in last
+    assert padding_id(Batch.RANKED, examples, 299, 300) == 299
+    assert padding_id(Batch.PAIRED, examples, last[0], 300) == last[0]
 
 
 def test_a_missing_trl_is_told_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,10 +48,11 @@ class Feed:
         kind: What an example is made of.
         examples: What the numbers count.
         pad_token_id: Fills rows up; it is masked everywhere.
+        margin: By how much a reward model's better one has to win, as `kind: reward` has it.
     """
 
-    def __init__(self, kind: Batch, examples: Sequence[Example], pad_token_id: int) -> None:
-        self.kind, self.examples, self.pad_token_id = kind, examples, pad_token_id
+    def __init__(self, kind: Batch, examples: Sequence[Example], pad_token_id: int, margin: str = "none") -> None:
+        self.kind, self.examples, self.pad_token_id, self.margin = kind, examples, pad_token_id, margin
 
     def __call__(self, rows: Sequence[dict[str, int]]) -> dict[str, Tensor]:
         examples = [self.examples[row["number"]] for row in rows]
@@ -60,6 +61,11 @@ class Feed:
             return {"input_ids": ids, "attention_mask": attention, "labels": ids.masked_fill(~mask, IGNORED)}
         if self.kind is Batch.PAIRED:
             return self._named("", examples, 0, 1)
+        if self.kind is Batch.RANKED:
+            ids, attention, _ = self._rows(examples, 0, 1)
+            wanted = {"column": [e.margin for e in examples], "score": [e.scores[0] - e.scores[1] for e in examples]}
+            margin = {"margin": torch.tensor(wanted[self.margin])} if self.margin in wanted else {}
+            return {"input_ids": ids, "attention_mask": attention, **margin}
         # TRL would pair each prompt with its neighbour's completion in the batch; align says which of the data it is.
         labels = torch.tensor([e.scores[0] > 0 for e in examples])
         return {**self._named("", examples, 0), **self._named("KL_", examples, 1), "label": labels}
@@ -95,11 +101,11 @@ def micro_batch(kind: Batch, examples: Sequence[Example], batch: int, pack_token
     return max(fits, default=1)
 
 
-def refuse_weights(examples: Sequence[Example]) -> None:
-    """TRL has no weights of rows.
+def refuse(kind: Batch, examples: Sequence[Example]) -> None:
+    """What TRL's trainers cannot be told.
 
     Raises:
-        DataError: A row has another weight than 1.
+        DataError: A row has another weight than 1, or is no pair where pairs are wanted.
     """
     for example in examples:
         if example.weight != 1.0:
@@ -107,6 +113,21 @@ def refuse_weights(examples: Sequence[Example]) -> None:
                 f"row {example.row} has weight {example.weight:g}, and TRL's trainers know no weights",
                 fix="leave the column out, or write engine: align",
             )
+        if kind is Batch.RANKED and (len(example.scores) != 2 or example.scores[0] <= example.scores[1]):
+            raise DataError(
+                f"row {example.row} is no pair with the better one first, and TRL's reward trainer knows no other",
+                fix="write convert: all_pairs in the data, or engine: align",
+            )
+
+
+def padding_id(kind: Batch, examples: Sequence[Example], pad_token_id: int, vocabulary: int) -> int:
+    """The token that rows are filled up with.
+
+    A sequence classifier of transformers takes the last token that is not padding for the end of its row, by the id:
+    for a reward model it has to be one that ends no row.
+    """
+    last = {c.ids[-1] for e in examples for c in e.completions} if kind is Batch.RANKED else set()
+    return next(token for token in (pad_token_id, *range(vocabulary)) if token not in last)
 
 
 def numbers(first: int, count: int) -> Any:

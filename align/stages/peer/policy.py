@@ -6,10 +6,14 @@ import copy
 from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from align.artifacts.store import Store
 from align.models.base import load_base, without_dropout
+from align.models.heads import SCORE, ScalarHead
+from align.models.rewards import load_reward_base
 from align.models.roles import RoleModel
+from align.models.save import empty_scorer
 from align.spec.job import Job
 from align.spec.model import LoraSettings
 from align.spec.stages import PolicyStage
@@ -20,7 +24,7 @@ TRAINED, REFERENCE = "default", "ref"
 
 
 class PeerPolicy:
-    """A base, with a PEFT adapter on it unless every parameter is trained.
+    """A base, for a reward model as a sequence classifier, with a PEFT adapter on it unless all of it is trained.
 
     Args:
         job: The stage.
@@ -29,45 +33,74 @@ class PeerPolicy:
 
     Attributes:
         model: What a trainer is given.
+        base: The causal LM in it; a classifier shares its body.
+        role: What is trained, a `policy` or a `reward`.
+        initial: Where the adapter starts; empty for a model that is trained in full.
     """
 
     def __init__(self, job: Job, settings: PolicyStage, begin: start.Start) -> None:
-        assert job.model is not None
-        self.job, self.settings, self.begin = job, settings, begin
-        self.base = load_base(
-            begin.base, quantization=job.model.quantization, dtype=job.model.dtype, revision=begin.revision
-        )
+        model = job.model
+        assert model is not None
+        self.job, self.settings, self.begin, self.role = job, settings, begin, settings.produces
+        of: dict[str, Any] = {"quantization": model.quantization, "dtype": model.dtype, "revision": begin.revision}
+        self.base: PreTrainedModel
+        score: Tensor | None = None
+        if self.role == "reward":
+            self.base, score = load_reward_base(begin.base, **of)
+        else:
+            self.base = load_base(begin.base, **of)
         without_dropout(self.base)
         # TRL writes the tokenizer's special tokens into them; what is saved shall be as the base had it.
         self._configs = copy.deepcopy((self.base.config, self.base.generation_config))
         self.initial: dict[str, Tensor] = {}
-        if isinstance(job.model.adapter, LoraSettings):
-            self.model = self._with_adapter(job.model.adapter)
+        if isinstance(model.adapter, LoraSettings):
+            self.model = self._with_adapter(model.adapter, score)
         else:
-            self.model = self.base.float().requires_grad_(True)
+            self.base.float()
+            self.model = self._classifier(score).requires_grad_(True)
 
-    def _with_adapter(self, adapter: LoraSettings) -> Any:
-        """The base under PEFT, with the adapter that align would start from."""
+    def _with_adapter(self, adapter: LoraSettings, score: Tensor | None) -> Any:
+        """The model under PEFT, with the adapter that align would start from."""
         from peft import get_peft_model
 
         from align.models import lora
 
         config, values = lora.lora_config(adapter), None
         if self.begin.adapter is not None:
-            found, values = lora.read_adapter(self.begin.adapter, self.begin.adapter_revision)[:2]
+            found, values, own_score = lora.read_adapter(
+                self.begin.adapter, self.begin.adapter_revision, with_head=self.role == "reward"
+            )
+            score = score if own_score is None else own_score
             if isinstance(self.settings.policy, str):
                 lora.check_scaling(config, found, f"the adapter {self.begin.adapter}")
             else:
                 config = found
             config.lora_dropout = adapter.dropout
             config.inference_mode = False
-        model = get_peft_model(self.base, config, adapter_name=TRAINED)
+        if self.role == "reward":
+            config.task_type, config.modules_to_save = "SEQ_CLS", [SCORE]
+        model = get_peft_model(self._classifier(score), config, adapter_name=TRAINED)
         tensors: dict[str, Tensor] = dict(lora.adapter_tensors(self.base, TRAINED))
         if values is not None:
             lora.fill(tensors, values, f"the adapter {self.begin.adapter}")
         else:
             lora.initialise(tensors.items(), self.settings.train.seed)
         self.initial = {name: tensor.detach().clone().float() for name, tensor in tensors.items()}
+        return model
+
+    def _classifier(self, score: Tensor | None) -> Any:
+        """The base itself; for a reward model the sequence classifier on its body, with the head align starts from."""
+        if self.role != "reward":
+            return self.base
+        model, body = empty_scorer(self.base.config), getattr(self.base, self.base.base_model_prefix)
+        head = ScalarHead(self.base.config.get_text_config().hidden_size, next(body.parameters()).device)
+        if score is None:
+            head.draw(self.settings.train.seed)
+        else:
+            head.weight.data.copy_(score)
+        setattr(model, model.base_model_prefix, body)
+        setattr(model, SCORE, head)
+        model.config.use_cache = False
         return model
 
     # The reference ---------------------------------------------------------------------------------------------------
@@ -105,7 +138,7 @@ class PeerPolicy:
             return
         self.model.delete_adapter(REFERENCE)  # without one TRL switches adapters off, which is the base
         if reference.adapter is not None:
-            config, values = lora.read_adapter(reference.adapter)[:2]
+            config, values, _ = lora.read_adapter(reference.adapter)
             self.model.add_adapter(REFERENCE, config)
             lora.fill(dict(lora.adapter_tensors(self.base, REFERENCE)), values, f"the adapter {reference.adapter}")
             lora.without_dropout(self.base, REFERENCE)
@@ -117,7 +150,11 @@ class PeerPolicy:
         self.base.config, self.base.generation_config = self._configs
         roles = RoleModel(self.base)
         if self.initial:
-            roles.adopt_adapter("policy", TRAINED)
+            self.base.peft_config = self.model.peft_config  # a classifier around the body has kept it to itself
+            roles.adopt_adapter(self.role, TRAINED)
         else:
-            roles.add_base_role("policy")
-        return roles, {name: t.detach().cpu().clone().contiguous() for name, t in roles.tensors("policy").items()}
+            roles.add_base_role(self.role)
+        if self.role == "reward":
+            head = self.model.base_model.model.score.modules_to_save[TRAINED] if self.initial else self.model.score
+            roles.add_head(self.role, weight=head.weight.detach())
+        return roles, {name: t.detach().cpu().clone().contiguous() for name, t in roles.tensors(self.role).items()}

@@ -4,21 +4,41 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from align.artifacts.store import Store
 from align.data import DataReport, Example
 from align.errors import TrainingError
+from align.methods import get_method
+from align.methods.reward import Reward
 from align.spec.job import Job
 from align.spec.stages import PolicyStage
 from align.stages import start
 from align.stages.finish import publish_policy
-from align.stages.peer.feed import refuse_weights
+from align.stages.peer.feed import refuse
 from align.stages.peer.policy import PeerPolicy
 from align.stages.peer.trainer import Watch, import_trl, make_trainer
+from align.stages.reward import draw_samples, judge
 from align.training.metrics import MetricsFile
 from align.training.schedule import Schedule
+from align.training.step import Step
+
+
+@dataclass
+class Done:
+    """A finished reward model in the words of align's trainer, for who judges it."""
+
+    model: Any
+    model_wrapped: Any
+    state: Any
+    step: Step
+    examples: Sequence[Example]
+    validation: Sequence[Example]
+    final_state: dict[str, Tensor]
 
 
 def train_with_trl(
@@ -54,7 +74,8 @@ def train_with_trl(
         TrainingError: A number is not finite, or a signal asked for a stop.
     """
     import_trl()
-    refuse_weights([*examples[0], *examples[1]])
+    refuse(get_method(job.kind).batch, [*examples[0], *examples[1]])
+    samples = draw_samples(job, settings, store, examples[0], tokenizer, report) if isinstance(settings, Reward) else ()
     metrics = MetricsFile(Path(job.work) / "metrics.jsonl")
     metrics.forget_after(0)
     schedule = Schedule.of(settings.train, len(examples[0]))
@@ -72,6 +93,11 @@ def train_with_trl(
             fix="run the same command again: the stage starts from its beginning",
         )
     roles, state = policy.finished()
+    judgement = None
+    if isinstance(settings, Reward):
+        step = Step(get_method(job.kind), settings, settings.train.pack_tokens)
+        done = Done(roles, roles, trainer.state, step, *examples, state)
+        judgement = judge(done, settings, samples, report)
     assert job.model is not None
     origin = begin if policy.initial else start.itself(job)
     publish_policy(
@@ -85,5 +111,6 @@ def train_with_trl(
         state=state,
         steps=steps,
         reports=reports,
+        judgement=judgement,
         seconds=time.monotonic() - began,
     )

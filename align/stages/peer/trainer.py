@@ -22,18 +22,27 @@ from align.errors import LaunchError, TrainingError
 from align.methods import get_method
 from align.methods.dpo import DPO
 from align.methods.kto import KTO
+from align.methods.reward import Reward
 from align.methods.sft import SFT
 from align.models.platform import compute_dtype, device
 from align.spec.job import Job
 from align.spec.stages import PolicyStage
-from align.stages.peer.feed import EpochOrder, Feed, micro_batch, numbers
+from align.stages.peer.feed import EpochOrder, Feed, micro_batch, numbers, padding_id
 from align.stages.peer.policy import PeerPolicy
 from align.training.arguments import training_arguments
 from align.training.guards import FiniteGradients, StopRequest
 from align.training.metrics import MetricsFile
 from align.training.schedule import Schedule
 
-NAMES = {"rewards/accuracies": "rewards/accuracy", "rewards/margins": "rewards/margin"}
+NAMES = {
+    "rewards/accuracies": "rewards/accuracy",
+    "rewards/margins": "rewards/margin",
+    "accuracy": "rewards/accuracy",
+    "margin": "rewards/margin",
+    "min_reward": "rewards/min",
+    "mean_reward": "rewards/mean",
+    "max_reward": "rewards/max",
+}
 """What TRL calls it -> what align calls it; everything else keeps TRL's name."""
 
 DPO_LOSSES = {
@@ -63,7 +72,7 @@ def import_trl() -> Any:
 def classes(kind: str) -> tuple[Any, Any]:
     """TRL's trainer and its config class for a kind of stage."""
     trl = import_trl()
-    name = {"sft": "SFT", "dpo": "DPO", "kto": "KTO"}[kind]
+    name = {"sft": "SFT", "dpo": "DPO", "kto": "KTO", "reward": "Reward"}[kind]
     return getattr(trl, f"{name}Trainer"), getattr(trl, f"{name}Config")
 
 
@@ -79,6 +88,8 @@ def own_arguments(settings: PolicyStage) -> dict[str, Any]:
             "shuffle_dataset": False,
             "dataset_kwargs": {"skip_prepare_dataset": True},
         }
+    if isinstance(settings, Reward):
+        return {"disable_dropout": False, "center_rewards_coefficient": settings.centring or None}
     shared = {"disable_dropout": False, "precompute_ref_log_probs": False, "sync_ref_model": False}
     if isinstance(settings, DPO):
         return shared | {
@@ -200,14 +211,16 @@ def make_trainer(
     """
     (trained, held_out), kind = examples, get_method(job.kind).batch
     micro = micro_batch(kind, trained, settings.train.global_batch_size, settings.train.pack_tokens)
-    reference = policy.reference_model(store)
+    reference, tokenizer = policy.reference_model(store), copy.deepcopy(tokenizer)
+    pad = padding_id(kind, [*trained, *held_out], tokenizer.pad_token_id, len(tokenizer))
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
     trainer = _peer(classes(job.kind)[0], watch)(
         model=policy.model,
         args=arguments(job, settings, watch.schedule, micro),
-        data_collator=Feed(kind, [*trained, *held_out], tokenizer.pad_token_id),
+        data_collator=Feed(kind, [*trained, *held_out], pad, getattr(settings, "margin", "none")),
         train_dataset=numbers(0, len(trained)),
         eval_dataset=numbers(len(trained), len(held_out)) if held_out else None,
-        processing_class=copy.deepcopy(tokenizer),
+        processing_class=tokenizer,
         callbacks=[watch],
         **({} if reference is None else {"ref_model": reference}),
     )
