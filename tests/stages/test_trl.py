@@ -166,6 +166,25 @@ def test_the_base_as_reference_of_an_adapter(world: Path) -> None:
     assert_the_same_reference(ours, peers)
 
 
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("dpo", ("model.gradient_checkpointing=true",)),
+        ("dpo", ("stages.dpo.model={merge_parent: true}",)),
+        ("reward", ("model.gradient_checkpointing=true", *FULL)),
+        ("sft", ("stages.sft.policy={adapter: ADAPTER}",)),
+    ],
+    ids=["checkpointing", "merged parent", "checkpointing in full", "an adapter made elsewhere"],
+)
+def test_other_ways_to_start(world: Path, name: str, settings: tuple[str, ...]) -> None:
+    _, parent = run(world, "parent")
+    wanted = (each.replace("ADAPTER", str(parent / "adapter")) for each in settings)
+    (ours, _), (peers, other) = pair(world, name, *wanted, f"stages.{name}.train.max_steps=4")
+    assert largest(ours.of(), peers.of()) < TOLERANCE[name]
+    assert ours.of("grad_norm") == pytest.approx(peers.of("grad_norm"), rel=1e-2)
+    assert (other / "model").exists() == ("merge_parent" in settings[0] or "model.adapter=none" in settings)
+
+
 def test_validation_is_told_under_the_same_name(world: Path) -> None:
     wanted = (*short("sft"), "stages.sft.train.validation={every_steps: 6, fraction: 0.2}")
     lines = [
