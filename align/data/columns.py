@@ -42,12 +42,14 @@ class Columns:
         names: Field -> column, where they differ.
         system: A system message for conversations that have none.
         noted: What was read in another way than it is written -> how often.
+        labels: Labels of which of two answers is better -> how often.
     """
 
     values: Mapping[str, Any]
     names: Mapping[str, str]
     system: str | None
     noted: Counter[str]
+    labels: Counter[float]
 
     def __contains__(self, name: str) -> bool:
         return self.values.get(name) is not None
@@ -147,6 +149,10 @@ class Columns:
             self.note("empty target left off")
             return None
         return target
+
+    def saw_label(self, value: float) -> None:
+        """Remember which labels there are: only the whole file tells what a 0 means."""
+        self.labels[value] += 1
 
     def note(self, what: str) -> None:
         self.noted[what] += 1

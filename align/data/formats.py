@@ -26,12 +26,14 @@ class Parser:
         columns: Field -> column, where they differ.
         system: A system message for conversations that have none.
         noted: What was read in another way than it is written -> how often.
+        labels: Labels of which of two answers is better -> how often.
     """
 
     format: Format
     columns: dict[str, str] = field(default_factory=dict)
     system: str | None = None
     noted: Counter[str] = field(default_factory=Counter)
+    labels: Counter[float] = field(default_factory=Counter)
 
     def parse(self, number: int, row: dict[str, Any]) -> Record:
         """The record of a row.
@@ -42,7 +44,7 @@ class Parser:
         """
         column_of = {name: self.columns.get(name, name) for name in FIELDS_OF_FORMAT[self.format].of_row}
         values = {name: row[column] for name, column in column_of.items() if column in row}
-        return _PARSERS[self.format](number, Columns(values, self.columns, self.system, self.noted))
+        return _PARSERS[self.format](number, Columns(values, self.columns, self.system, self.noted, self.labels))
 
 
 def parse_row(format: Format, row: dict[str, Any], columns: dict[str, str], number: int = 0) -> Record:

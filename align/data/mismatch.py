@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import groupby
 
 from align.data.chat import Completion, Example
 from align.data.report import prompt_group
@@ -14,9 +15,11 @@ from align.errors import DataError
 
 
 def with_mismatched(examples: Sequence[Example], max_tokens: int) -> list[Example]:
-    """Unpaired examples, each with the completion of the next one whose prompt differs; after the last comes the first.
+    """Unpaired examples, each with a completion of the next prompt; after the last comes the first.
 
-    It is cut to what the example's own prompt leaves of `max_tokens`.
+    The j-th example of a prompt takes the j-th of the next, so that desirable and undesirable completions are met as
+    often as the data has them, also where each prompt has its desirable one first. What is taken is cut to what the
+    example's own prompt leaves of `max_tokens`.
 
     Raises:
         DataError: All prompts are equal.
@@ -35,12 +38,15 @@ def with_mismatched(examples: Sequence[Example], max_tokens: int) -> list[Exampl
 
 
 def _next_of_another(groups: Sequence[bytes]) -> list[int | None]:
-    """For each place the next one, in a circle, of another group; None if there is but one group."""
-    count = len(groups)
-    following: list[int | None] = [None] * count
-    for place in reversed(range(2 * count)):
-        i, after = place % count, (place + 1) % count
-        following[i] = after if groups[after] != groups[i] else following[after]
+    """For each place one of the next run, in a circle, of another group; None if there is but one group."""
+    runs = [list(run) for _, run in groupby(range(len(groups)), key=groups.__getitem__)]
+    if len(runs) > 1 and groups[runs[0][0]] == groups[runs[-1][0]]:
+        runs[0] = [*runs.pop(), *runs[0]]  # the circle closes inside a run
+    following: list[int | None] = [None] * len(groups)
+    if len(runs) > 1:
+        for run, after in zip(runs, [*runs[1:], runs[0]], strict=True):
+            for j, i in enumerate(run):
+                following[i] = after[j % len(after)]
     return following
 
 

@@ -137,6 +137,7 @@ def _vote(columns: Columns, name: str) -> int | None:
         vote = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
         vote = math.nan
+    columns.saw_label(vote)
     if vote in (0, 1.5):
         return TIE
     if not 1 <= vote <= 2:

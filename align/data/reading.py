@@ -111,7 +111,8 @@ class Reading:
             left: How many examples came of it.
 
         Raises:
-            DataError: There are no rows, columns are missing, too many rows are malformed, or nothing is left.
+            DataError: There are no rows, columns are missing, labels can be read in two ways, too many rows are
+                malformed, or nothing is left.
         """
         name, word = source_name(self.source), self.number_word
         if quarantine is not None:
@@ -119,6 +120,12 @@ class Reading:
         if not self.rows_read:
             raise DataError(f"no rows after skip: {self.source.skip}", where=name, fix="check the file and `skip`")
         self._check_columns(name)
+        if {0.0, 1.0} == set(self._parser.labels):
+            raise DataError(
+                "the labels are 0 and 1: whether 0 is the first answer or a tie cannot be told",
+                where=name,
+                fix="write 1 for the first answer, 2 for the second, 0 for a tie",
+            )
         bad = len({number for number, _, _ in self._bad})
         if bad > self.source.max_bad_rows * self.rows_read:
             first = "; ".join(f"{word} {number}: {reason}" for number, reason, _ in self._bad_once()[:3])

@@ -10,6 +10,9 @@ them: a prompt is computed once for all its completions.
 
 from __future__ import annotations
 
+import inspect
+import logging
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,9 +22,14 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from align.logps.segments import Block, Segments
+from align.logps.segments import Block, Layout, Segments
+
+logger = logging.getLogger(__name__)
 
 NAME = "align"
+
+UNKNOWN = ("softcap", "s_aux", "position_bias", "sliding_window")
+"""What some models hand to their attention function that segments do not know."""
 
 
 def attention(
@@ -56,7 +64,12 @@ def attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return out, None
-    if kernel_of(query.device.type, query.dtype) == "ragged":
+    unknown = [name for name in UNKNOWN if kwargs.get(name) is not None]
+    if unknown:
+        raise ValueError(f"attention with {', '.join(unknown)} cannot be computed over segments")
+    dtype = _computed_in(query)
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if kernel_of(query.device.type, dtype) == "ragged":
         return _ragged(query[0], key[0], value[0], segments, scaling)[None], None
     groups = query.shape[1] // key.shape[1]
     return _blocks(query[0], repeat_kv(key, groups)[0], repeat_kv(value, groups)[0], segments, scaling)[None], None
@@ -65,15 +78,46 @@ def attention(
 def kernel_of(device: str, dtype: torch.dtype) -> str:
     """The kernel for a device and a dtype: `blocks` or `ragged`."""
     half = dtype in (torch.float16, torch.bfloat16)
-    return "ragged" if device == "cuda" and half and _varlen() is not None else "blocks"
+    return "ragged" if device == "cuda" and half and ragged_works(dtype) else "blocks"
+
+
+def _computed_in(tensor: Tensor) -> torch.dtype:
+    """Under autocast, rotary positions leave queries and keys in fp32 beside values in half precision."""
+    kind = tensor.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
 
 
 def _varlen() -> Any:
     try:
         from torch.nn.attention.varlen import varlen_attn
-    except ImportError:  # before torch 2.10
+    except ImportError:
         return None
     return varlen_attn
+
+
+@cache
+def ragged_works(dtype: torch.dtype) -> bool:
+    """Whether the ragged kernel gives on this GPU what blocks give, forward and backward, with fewer key heads too."""
+    if _varlen() is None or not torch.cuda.is_available():
+        return False
+    segments = Layout([5, 3], [[4, 2], [6, 1]]).segments.to(torch.device("cuda"))
+    tokens = int(segments.query_ends[-1])
+    draw = torch.Generator("cuda").manual_seed(0)
+    q, k, v = (torch.randn(h, tokens, 64, device="cuda", generator=draw).to(dtype).requires_grad_() for h in (4, 2, 2))
+    try:
+        with torch.enable_grad():
+            own = _ragged(q, k, v, segments, None)
+            wide_k, wide_v = (repeat_kv(x[None], 2)[0] for x in (k, v))
+            expected = _blocks(q, wide_k, wide_v, segments, None)
+            gradients = [torch.autograd.grad(out.float().square().sum(), (q, k, v)) for out in (own, expected)]
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+        logger.warning("the ragged attention kernel does not run here (%s); padded blocks take its place", error)
+        return False
+    pairs = [(own, expected), *zip(*gradients, strict=True)]
+    agree = all((a.float() - b.float()).norm() <= 0.03 * b.float().norm() for a, b in pairs)
+    if not agree:
+        logger.warning("the ragged attention kernel gives other numbers here; padded blocks take its place")
+    return agree
 
 
 def _blocks(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float | None) -> Tensor:
@@ -87,9 +131,9 @@ def _blocks(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scali
             q, k, v = (_padded(x, block) for x in next(pieces))
             if block is bundle.prompts:
                 before = (k, v)
-            elif before is not None and block.bias is not None:
+            elif before is not None and block.before is not None:
                 k, v = (torch.cat([_prefix(p, block), x], dim=2) for p, x in zip(before, (k, v), strict=True))
-            bias = None if block.bias is None else block.bias.to(q.dtype)
+            bias = segments.bias(block, q.dtype)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None, scale=scaling)
             out = out.transpose(1, 2).flatten(0, 1)
             outputs.append(out if block.real is None else out.index_select(0, block.real))
@@ -113,7 +157,11 @@ def _ragged(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scali
     """[T, heads, head size], in one call over all segments; causal from the last token on, as lengths differ."""
     q, k, v = (x.transpose(0, 1) for x in (query, key, value))
     longest_query, longest_key = segments.longest
-    return _varlen()(
+    varlen = _varlen()
+    # Before torch 2.13 the function has no such argument and takes fewer key heads as they come.
+    knows = "enable_gqa" in inspect.signature(varlen).parameters
+    grouped = {"enable_gqa": query.shape[0] != key.shape[0]} if knows else {}
+    return varlen(
         q.contiguous(),
         k.index_select(0, segments.keys),
         v.index_select(0, segments.keys),
@@ -123,7 +171,7 @@ def _ragged(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scali
         longest_key,
         scale=scaling,
         window_size=(-1, 0),
-        enable_gqa=query.shape[0] != key.shape[0],
+        **grouped,
     )
 
 

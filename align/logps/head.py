@@ -20,7 +20,9 @@ from align.errors import TrainingError
 from align.logps.pack import Pack
 
 TILE_ELEMENTS = 2**22
-"""Most logits (tokens x vocabulary) that exist at once: 16 MiB in fp32."""
+"""Most logits (tokens x vocabulary) that exist at once: 16 MiB in fp32, which a CPU's caches hold."""
+TILE_ELEMENTS_CUDA = 2**26
+"""The same on a GPU, which reads the whole head once per tile: 256 MiB."""
 
 
 def token_logps(causal_lm: Any, pack: Pack) -> Tensor:
@@ -72,7 +74,8 @@ def _through_head(lm_head: Any, states: Tensor, targets: Tensor, vocabulary: int
     Every call of a module gathers its weight under ZeRO-3, and ranks have to gather equally often; how many tiles a
     rank has depends on its own tokens.
     """
-    own_forward, tile = lm_head.forward, max(1, TILE_ELEMENTS // vocabulary)
+    elements = TILE_ELEMENTS_CUDA if states.is_cuda else TILE_ELEMENTS
+    own_forward, tile = lm_head.forward, max(1, elements // vocabulary)
     frozen = type(lm_head) is nn.Linear and not any(p.requires_grad for p in lm_head.parameters())
 
     def tiled(states: Tensor, targets: Tensor) -> Tensor:
@@ -113,8 +116,10 @@ class _FrozenHead(torch.autograd.Function):
             scores = F.linear(states[rows].to(weight.dtype), weight, bias).float()
             normaliser = scores.logsumexp(-1, keepdim=True)
             values[rows] = (scores.gather(1, y) - normaliser)[:, 0]
-            shares = scores.sub_(normaliser).exp_()
-            slopes[rows] = (weight[targets[rows]] - shares.to(weight.dtype) @ weight).to(states.dtype)
+            # onehot - p in fp32 before it is rounded: for a likely token, W[y] - p @ W would cancel to nothing in bf16.
+            shares = scores.sub_(normaliser).exp_().neg_()
+            shares.scatter_add_(1, y, torch.ones_like(shares[:, :1]))
+            slopes[rows] = (shares.to(weight.dtype) @ weight).to(states.dtype)
         ctx.save_for_backward(slopes)
         return values
 

@@ -10,9 +10,9 @@ this file knows how completions were laid out. Shape letters: R rows, T row leng
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -81,9 +81,28 @@ class Pack:
         return Logps(total[owners], length[owners])
 
 
+class Packs(Sequence[Pack]):
+    """The packs of some examples. Which example is in which is known at once; a pack is laid out when it is taken."""
+
+    def __init__(self, groups: Sequence[list[int]], lay_out: Callable[[list[int]], Pack]) -> None:
+        self.groups, self._lay_out = groups, lay_out
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    @overload
+    def __getitem__(self, index: int) -> Pack: ...
+    @overload
+    def __getitem__(self, index: slice) -> Packs: ...
+    def __getitem__(self, index: int | slice) -> Pack | Packs:
+        if isinstance(index, slice):
+            return Packs(self.groups[index], self._lay_out)
+        return self._lay_out(self.groups[index])
+
+
 def pack_examples(
     examples: Sequence[Example], pack_tokens: int, *, packing: Packing = "rows", score_prompts: bool = False
-) -> list[Pack]:
+) -> Packs:
     """Cut examples into packs of at most `pack_tokens` computed tokens, longest first.
 
     All completions of an example stay in one pack, because a loss may need them together. An example that is larger
@@ -98,23 +117,23 @@ def pack_examples(
     longest = [max(_row_length(e, c) for c in e.completions) for e in examples]
     tokens = [_tokens(e, packing) for e in examples]
     order = sorted(range(len(examples)), key=lambda i: (-longest[i], i))
-    packs: list[Pack] = []
+    groups: list[list[int]] = []
     group: list[int] = []
     rows = width = used = 0
-    lay_out = _padded if packing == "rows" else _flat
     for i in order:
         k = len(examples[i].completions)
         size = (rows + k) * width if packing == "rows" else used + tokens[i]
         if group and size > pack_tokens:
-            packs.append(lay_out(examples, group, score_prompts, packing))
+            groups.append(group)
             group, rows, used = [], 0, 0
         if not group:
             width = longest[i]
         group.append(i)
         rows, used = rows + k, used + tokens[i]
     if group:
-        packs.append(lay_out(examples, group, score_prompts, packing))
-    return packs
+        groups.append(group)
+    lay_out = _padded if packing == "rows" else _flat
+    return Packs(groups, lambda group: lay_out(examples, group, score_prompts, packing))
 
 
 def empty_pack(completions: int) -> Pack:

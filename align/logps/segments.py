@@ -10,7 +10,7 @@ Shape letters: n segments of a block, m real tokens of it, Q longest segment, P 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -32,8 +32,9 @@ class Block:
         padding: [n * Q] which of the m tokens stands where in the padded block; None if nothing is padded.
         real: [m] where the real tokens stand in the padded block; None if nothing is padded.
         prompt: [n] which prompt of the bundle each completion follows; None for prompts, and if there is one prompt.
-        bias: [n or 1, 1, Q, P + Q] what is added to the attention scores, fp32: keys are prompt, then completion; None
-            where causal attention over the segment is all there is.
+        before: [n] length of each completion's prompt, [1] if there is one prompt; None where causal attention over the
+            segment is all there is.
+        longest: P.
     """
 
     size: int
@@ -41,7 +42,19 @@ class Block:
     padding: Tensor | None = None
     real: Tensor | None = None
     prompt: Tensor | None = None
-    bias: Tensor | None = None
+    before: Tensor | None = None
+    longest: int = 0
+
+    def bias(self, dtype: torch.dtype) -> Tensor | None:
+        """[n or 1, 1, Q, P + Q] what is added to the attention scores: keys are prompt, then completion."""
+        if self.before is None:
+            return None
+        width, device = self.shape[1], self.before.device
+        known = torch.arange(self.longest, device=device) < self.before[:, None]
+        causal = torch.ones(width, width, dtype=torch.bool, device=device).tril()
+        rows = len(self.before)
+        seen = torch.cat([known[:, None].expand(rows, width, -1), causal.expand(rows, -1, -1)], dim=2)
+        return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, float("-inf"))[:, None]
 
 
 @dataclass(frozen=True)
@@ -74,6 +87,14 @@ class Segments:
     key_ends: Tensor
     keys: Tensor
     longest: tuple[int, int]
+    _biases: dict[tuple[int, torch.dtype], Tensor | None] = field(default_factory=dict, repr=False, compare=False)
+
+    def bias(self, block: Block, dtype: torch.dtype) -> Tensor | None:
+        """`block.bias`, made once for all layers while the pack is computed."""
+        key = (id(block), dtype)
+        if key not in self._biases:
+            self._biases[key] = block.bias(dtype)
+        return self._biases[key]
 
     @property
     def sizes(self) -> list[int]:
@@ -86,7 +107,7 @@ class Segments:
             Bundle(b.prompts and _moved(b.prompts, device), tuple(_moved(c, device) for c in b.completions))
             for b in self.bundles
         )
-        return replace(_moved(self, device), bundles=bundles)
+        return replace(_moved(self, device), bundles=bundles, _biases={})
 
 
 @dataclass(frozen=True)
@@ -190,15 +211,10 @@ def _block(lengths: Sequence[int], prompt: Sequence[int] | None = None, prompts:
     if prompt is None or max(prompts) == 0:
         return block
     owner = torch.tensor(prompt)
-    before = torch.tensor(prompts)[owner]
-    known = torch.arange(max(prompts)) < before[:, None]
-    causal = torch.ones(width, width, dtype=torch.bool).tril()
+    before = torch.tensor(prompts)
     if len(prompts) == 1:
-        seen = torch.cat([known[:1].expand(width, -1), causal], dim=1)[None]
-    else:
-        seen = torch.cat([known[:, None].expand(n, width, -1), causal.expand(n, -1, -1)], dim=2)
-    bias = torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))[:, None]
-    return replace(block, prompt=None if len(prompts) == 1 else owner, bias=bias)
+        return replace(block, before=before, longest=prompts[0])
+    return replace(block, prompt=owner, before=before[owner], longest=max(prompts))
 
 
 def _ends(lengths: Tensor) -> Tensor:

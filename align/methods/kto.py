@@ -12,7 +12,7 @@ first version, and TRL: 4/3).
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import PositiveFloat
@@ -25,6 +25,8 @@ from align.types import Batch, LossOutput, Needs, Term, UnpairedLogps
 
 class KTO(UnpairedStage, Referenced, Engined):
     """Settings of `kind: kto`."""
+
+    version: ClassVar[int] = 2
 
     kind: Literal["kto"] = "kto"
     beta: PositiveFloat = 0.1

@@ -73,12 +73,12 @@ class Step:
     pack_tokens: int
     packing: Packing = "rows"
 
-    def packs(self, examples: Sequence[Example]) -> list[Pack]:
+    def packs(self, examples: Sequence[Example]) -> Sequence[Pack]:
         """Packs of the completions that are trained."""
         own = [replace(e, completions=e.completions[self._own]) for e in examples]
         return pack_examples(own, self.pack_tokens, packing=self.packing, score_prompts=self.scores_prompts)
 
-    def mismatched(self, examples: Sequence[Example]) -> list[Pack]:
+    def mismatched(self, examples: Sequence[Example]) -> Sequence[Pack]:
         """Packs of the completions that the method's statistic is taken from; none for a method without one."""
         if self.method.statistic is None:
             return []

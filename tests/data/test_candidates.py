@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,15 +77,27 @@ def test_targets_are_kept_where_they_are_wanted_and_left_off_elsewhere() -> None
 
 def test_candidates_that_are_equal_when_cut_are_left_off() -> None:
     encoder = ChatEncoder(tokenizer_of("chatml"), room("chatml", 3))
-    example = encoder.encode(ranked("yes yes yes no", "no", "yes yes yes yes", scores=(3.0, 1.0, 2.0)))
+    example = encoder.encode(ranked("yes yes yes no", "no", "yes yes yes yes", scores=(3.0, 1.0, 3.0)))
     assert example.scores == (3.0, 1.0)
     assert len(example.completions) == 2
     assert encoder.noted == {"candidate left off: equals an earlier one after truncation": 1}
     with pytest.raises(Dropped, match="fewer than two candidates"):
         encoder.encode(ranked("yes yes yes no", "yes yes yes yes"))
     with pytest.raises(Dropped, match="all candidates tied"):
-        encoder.encode(ranked("yes yes yes no", "yes yes yes yes", "no", scores=(1.0, 2.0, 1.0)))
+        encoder.encode(ranked("yes yes yes no", "yes yes yes yes", "no", "so", scores=(1.0, 2.0, 1.0, 1.0)))
     assert encoder.noted.total() == 1, "what is left off a list that is dropped is not told"
+
+
+def test_candidates_that_are_equal_when_cut_but_scored_apart_give_no_order() -> None:
+    encoder = ChatEncoder(tokenizer_of("chatml"), room("chatml", 3))
+    said = ("yes yes yes no", "no", "yes yes yes yes", "so", "yes yes yes so")
+    example = encoder.encode(ranked(*said, scores=(3.0, 1.0, 0.0, 2.0, 3.0)))
+    alone = [encoder.encode(record("why", each)).completions[0] for each in ("no", "so")]
+    assert example.scores == (1.0, 2.0)
+    assert example.completions == tuple(alone)
+    assert encoder.noted == {"candidate left off: equals one of another score after truncation": 3}
+    with pytest.raises(Dropped, match="fewer than two candidates"):
+        encoder.encode(ranked(*said[:3], scores=(3.0, 1.0, 0.0)))
 
 
 def test_candidates_with_control_tokens_are_left_off() -> None:
@@ -142,6 +155,13 @@ def single(group: int, length: int = 3, prompt: int = 2) -> Example:
     )
 
 
+def test_mismatched_completions_are_desirable_as_often_as_the_data_is() -> None:
+    """Pairs turned into rows have the desirable completion of every prompt first."""
+    rows = [replace(single(group, length=2 + k), scores=(1.0 - k,)) for group in range(5) for k in range(2)]
+    lengths = [len(example.completions[1].ids) for example in with_mismatched(rows, 99)]
+    assert sorted(lengths) == sorted(len(row.completions[0].ids) for row in rows)
+
+
 @given(groups=st.lists(st.integers(0, 3), min_size=2, max_size=12).filter(lambda groups: len(set(groups)) > 1))
 def test_the_mismatched_completion_is_that_of_the_next_example_of_another_prompt(groups: list[int]) -> None:
     made = with_mismatched([single(group) for group in groups], 99)
@@ -187,7 +207,7 @@ def test_unpaired_examples(tmp_path: Path) -> None:
     tokenizer = tokenizer_of("chatml")
     examples, report = load(source, Batch.UNPAIRED)
     said = [[tokenizer.decode(c.ids[:-1]) for c in example.completions] for example in examples]
-    assert said == [["1", "3"], ["2", "3"], ["3", "1"], ["3", "1"]]
+    assert said == [["1", "3"], ["2", "3"], ["3", "1"], ["3", "2"]]
     assert [example.scores for example in examples] == [(1.0,), (0.0,), (1.0,), (0.0,)]
     assert (report.examples, report.desirable, report.candidates, report.contradictions) == (4, 2, 0, 2)
     assert set(report.tokens) == {"prompt", "completion", "total"}
@@ -260,3 +280,12 @@ def test_pairs_are_lists_of_two_and_pairs_of_a_list_have_its_best_as_target(tmp_
 def test_lengths_of_nothing() -> None:
     assert token_statistics([]) == {}
     assert contradictions([]) == 0
+
+
+def test_labels_that_can_be_read_in_two_ways_are_refused(tmp_path: Path) -> None:
+    """0 and 1 alone may mean the first and the second answer, or a tie and the first."""
+    voted = [{"input": f"why {i}", "output_1": "so", "output_2": "no", "label": i % 2} for i in range(6)]
+    with pytest.raises(DataError, match="0 and 1"):
+        load(rows(tmp_path / "rows.jsonl", *voted, format="labelled_pairs"), Batch.PAIRED)
+    voted[0]["label"] = 2
+    assert load(rows(tmp_path / "more.jsonl", *voted, format="labelled_pairs"), Batch.PAIRED)[1].examples == 4

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BloomConfig, Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen2Config
 
+from align.logps import attention
 from align.logps.attention import NAME, kernel_of
 from align.logps.engine import choose_packing, why_not_flat
 from align.models import RoleModel
@@ -62,7 +63,23 @@ def test_what_the_recipe_asks_for(wanted):
     assert choose(LlamaConfig(**SMALL, **MLP), wanted=wanted) == wanted
 
 
-def test_kernels():
+@pytest.mark.parametrize("works", [True, False])
+def test_kernels(monkeypatch, works):
+    """The ragged kernel is taken where it was seen to work, and nowhere else."""
+    monkeypatch.setattr(attention, "ragged_works", lambda dtype: works)
     assert kernel_of("cpu", torch.float32) == kernel_of("cpu", torch.bfloat16) == "blocks"
     assert kernel_of("cuda", torch.float32) == "blocks"
-    assert kernel_of("cuda", torch.bfloat16) == "ragged"
+    assert kernel_of("cuda", torch.bfloat16) == ("ragged" if works else "blocks")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_ragged_kernel_does_not_work():
+    assert not attention.ragged_works(torch.bfloat16)
+
+
+def test_full_training_in_bf16_is_proven_at_its_own_precision():
+    """Parameters are fp32 there, and what is computed is bf16: agreement to fp32's tolerance cannot be asked for."""
+    torch.manual_seed(0)
+    roles = RoleModel(AutoModelForCausalLM.from_config(LlamaConfig(**SMALL, **MLP)))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert choose_packing(roles.causal_lm, dropout=False, wanted="auto") == "shared"

@@ -46,6 +46,24 @@ def test_bf16_is_summed_in_fp32():
     assert (own - exact).abs().max() < 0.05
 
 
+@pytest.mark.parametrize("nearness", [3.0, 8.0, 12.0])
+def test_gradients_of_likely_tokens_survive_bf16(nearness):
+    """The likelier a token, the smaller its gradient: it must not drown in the rounding of the head's rows."""
+    torch.manual_seed(0)
+    weight = torch.randn(512, 64)
+    targets = torch.randint(0, 512, (100,))
+    states = weight[targets] / weight[targets].norm(dim=-1, keepdim=True) ** 2 * nearness
+    lm_head = nn.Linear(64, 512, bias=False).requires_grad_(False)
+    lm_head.weight.data = weight.bfloat16()
+    rounded = states.bfloat16().requires_grad_()
+    head._through_head(lm_head, rounded, targets, 512).sum().backward()
+    exact = rounded.detach().double().requires_grad_()
+    plain_double = (exact @ weight.bfloat16().double().T).log_softmax(-1).gather(1, targets[:, None])
+    plain_double.sum().backward()
+    error = (rounded.grad.double() - exact.grad).norm(dim=-1) / exact.grad.norm(dim=-1)
+    assert error.median() < 0.05
+
+
 def test_a_frozen_head_keeps_no_logits():
     """What autograd keeps for the backward pass is [N, H], whatever the vocabulary."""
     lm_head = nn.Linear(8, 5000, bias=False).requires_grad_(False)

@@ -111,3 +111,14 @@ def test_packs_keep_to_the_budget_and_hold_every_example_once(packing, budget):
     assert all(p.completions == sum(len(examples[i].completions) for i in p.examples) for p in packs)
     again = pack_examples(examples, budget, packing=packing)
     assert all(torch.equal(a.input_ids, b.input_ids) for a, b in zip(packs, again, strict=True))
+
+
+def test_masks_live_no_longer_than_their_pack():
+    """They are quadratic in the length: only the pack that is computed has its own."""
+    examples = examples_of([(200, (150, 149))] * 3)
+    packs = pack_examples(examples, 600, packing="shared")
+    assert len(packs) == 3
+    held = sum(t.numel() for t in vars(packs[0].segments).values() if isinstance(t, torch.Tensor))
+    blocks = [block for bundle in packs[0].segments.bundles for block in bundle.blocks]
+    held += sum(t.numel() for block in blocks for t in vars(block).values() if isinstance(t, torch.Tensor))
+    assert held < 10 * packs[0].tokens
