@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from align.errors import TrainingError
+
 
 class Batch(StrEnum):
     """What one example of a method is made of. A new batch kind is a design change; a new loss never is."""
@@ -167,6 +169,11 @@ class Term:
     coefficient: float = 1.0
 
     def __post_init__(self) -> None:
+        if self.sum.ndim != 1:
+            has = f"{self.sum.ndim} axes" if self.sum.ndim else "no axis"
+            raise ValueError(
+                f"Term.sum has {has}: return one value per unit and its weight, never a mean; the step divides"
+            )
         if self.sum.shape != self.weight.shape:
             raise ValueError(f"Term.sum {tuple(self.sum.shape)} and Term.weight {tuple(self.weight.shape)} differ")
 
@@ -198,7 +205,15 @@ class LossOutput:
             loss: [B] loss of each example.
             weight: [B] weight of each example; 1 if absent.
             metrics: name -> [B] values, averaged with weight 1.
+
+        Raises:
+            ValueError: The loss is not one value per example.
         """
+        if weight is not None and loss.shape != weight.shape:
+            raise ValueError(
+                f"the loss has shape {tuple(loss.shape)}, its weight {tuple(weight.shape)}: return one value per "
+                "example, never a mean; the step divides"
+            )
         weight = torch.ones_like(loss) if weight is None else weight.to(loss.dtype)
         return cls({"loss": Term(loss * weight, weight)}, example_metrics(metrics or {}))
 
@@ -206,6 +221,20 @@ class LossOutput:
     def loss(self) -> Tensor:
         """The loss of this batch taken alone."""
         return torch.stack([term.value for term in self.terms.values()]).sum()
+
+
+def checked(output: Any, kind: str) -> LossOutput:
+    """What the loss of that kind returned, if it is something to train on.
+
+    Raises:
+        TrainingError: It is no `LossOutput`, or has no terms.
+    """
+    fix = "return LossOutput.of_examples(loss, weight=...), or LossOutput({name: Term(...)})"
+    if not isinstance(output, LossOutput):
+        raise TrainingError(f"the loss of `{kind}` returned a {type(output).__name__}, not a LossOutput", fix=fix)
+    if not output.terms:
+        raise TrainingError(f"the loss of `{kind}` returned no terms", fix=fix)
+    return output
 
 
 def example_metrics(values: dict[str, Tensor]) -> dict[str, Term]:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import entry_points
-from typing import Any
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Literal, get_args, get_origin
 
-from align.spec.stages import TrainedStage
+from align.errors import AlignError, LaunchError
+from align.spec.stages import CompareStage, PairedStage, RankedStage, TokensStage, TrainedStage, UnpairedStage
 from align.types import Batch, LossOutput, Needs, Term
 
 
@@ -52,6 +53,17 @@ class Method:
 
 _REGISTRY: dict[str, Method] = {}
 
+GROUP = "align.methods"
+"""Entry point group in which other packages name modules that hold methods."""
+
+STAGE_OF: dict[Batch, type[TrainedStage]] = {
+    Batch.TOKENS: TokensStage,
+    Batch.PAIRED: PairedStage,
+    Batch.UNPAIRED: UnpairedStage,
+    Batch.RANKED: RankedStage,
+}
+"""The base class whose data makes a batch."""
+
 
 def method(
     config: type[TrainedStage],
@@ -65,26 +77,104 @@ def method(
     """Register a loss under its config's `kind`.
 
     Raises:
-        ValueError: If another method has that kind already.
+        LaunchError: The declaration does not fit the config, or another loss has that kind already.
     """
 
     def register(loss: Callable[[Any, Any], LossOutput]) -> Callable[[Any, Any], LossOutput]:
+        for message, fix in _complaints(config, batch, needs, reference):
+            raise LaunchError(message, where=_place(loss), fix=fix)
         kind = config.model_fields["kind"].default
-        if kind in _REGISTRY and _REGISTRY[kind].loss.__module__ != loss.__module__:
-            raise ValueError(f"two methods are called {kind!r}: {_REGISTRY[kind].loss.__module__}, {loss.__module__}")
+        if kind in _REGISTRY and _place(_REGISTRY[kind].loss) != _place(loss):
+            raise LaunchError(
+                f"two losses have the kind `{kind}`: {_place(_REGISTRY[kind].loss)} and {_place(loss)}",
+                fix="rename one, or uninstall the package that registers it",
+            )
         _REGISTRY[kind] = Method(kind, config, loss, batch, frozenset(needs), reference, source, statistic)
         return loss
 
     return register
 
 
+def _place(loss: Callable[..., Any]) -> str:
+    return f"{loss.__module__}.{loss.__qualname__}"
+
+
+def _complaints(
+    config: type[TrainedStage], batch: Batch, needs: set[Needs], reference: bool
+) -> Iterator[tuple[str, str]]:
+    """Where a declaration does not fit its settings class, and what to do."""
+    name, fields = config.__name__, config.model_fields
+    kind = fields.get("kind")
+    if kind is None or get_origin(kind.annotation) is not Literal or get_args(kind.annotation) != (kind.default,):
+        yield f'{name} needs `kind: Literal["name"] = "name"`, the name that recipes use', f"write it into {name}"
+    elif kind.default == CompareStage.model_fields["kind"].default:
+        yield f"the kind `{kind.default}` is taken: a stage of it does not train", "choose another name"
+    if not _fits(config, batch):
+        base = STAGE_OF[batch].__name__
+        fix = f"derive {name} from align.spec.stages.{base}, or declare the batch of its own base class"
+        yield f"batch=Batch.{batch.name} goes with {base}, and {name} does not stand on it", fix
+    if reference != ("reference" in fields):
+        has = "has a" if "reference" in fields else "has no"
+        fix = f"write reference={not reference}, or " + ("mix in" if reference else "leave out") + " `Referenced`"
+        yield f"reference={reference}, but {name} {has} field `reference`", fix
+    if Needs.PROMPT_LOGPS in needs and "loss_on" not in fields:
+        fix = 'add `loss_on: Literal["completion", "all"] = "completion"`, or leave PROMPT_LOGPS out'
+        yield f"Needs.PROMPT_LOGPS is read under `loss_on: all`, and {name} has no field `loss_on`", fix
+    if Needs.REWARDS in needs and batch is not Batch.RANKED:
+        fix = "write batch=Batch.RANKED (a pair is a list of two), or needs={Needs.LOGPS}"
+        yield f"Needs.REWARDS comes with batch=Batch.RANKED only, not with {batch.name}", fix
+    if not needs & {Needs.LOGPS, Needs.REWARDS}:
+        yield "`needs` has neither LOGPS nor REWARDS: there is nothing to train on", "write needs={Needs.LOGPS}"
+
+
+def _fits(config: type[TrainedStage], batch: Batch) -> bool:
+    """Whether the data that the settings name make that batch; TOKENS may come from a data field of one's own."""
+    if not issubclass(config, TrainedStage) or batch is not Batch.TOKENS:
+        return issubclass(config, STAGE_OF[batch])
+    others = tuple(stage for each, stage in STAGE_OF.items() if each is not batch)
+    return "data" in config.model_fields and not issubclass(config, others)
+
+
 @cache
-def _discover() -> None:
+def _import_own() -> None:
     for module in pkgutil.iter_modules(__path__):
         if module.name != "ops":
             importlib.import_module(f"{__name__}.{module.name}")
-    for entry in entry_points(group="align.methods"):
-        entry.load()
+
+
+@cache
+def _discover() -> None:
+    _import_own()
+    for entry in entry_points(group=GROUP):
+        load_plugin(entry)
+
+
+def load_plugin(entry: EntryPoint) -> list[str]:
+    """Import what another package registers.
+
+    Returns:
+        The kinds of its methods.
+
+    Raises:
+        LaunchError: It cannot be imported, or holds no method.
+    """
+    _import_own()
+    package = f" of {entry.dist.name}" if entry.dist is not None else ""
+    told, before = f"{GROUP} `{entry.name}` ({entry.value}){package}", set(_REGISTRY)
+    try:
+        found = entry.load()
+    except AlignError:
+        raise
+    except Exception as error:
+        raise LaunchError(
+            f"{told} cannot be imported: {type(error).__name__}: {error}",
+            fix="install what it needs, or reinstall or uninstall the package that registers it",
+        ) from error
+    held = {id(found), *map(id, getattr(found, "__dict__", {}).values())}  # of a module that was imported before
+    kinds = [kind for kind, each in _REGISTRY.items() if kind not in before or id(each.loss) in held]
+    if not kinds:
+        raise LaunchError(f"{told} registers no method; is `@method` missing?", fix="decorate its loss with `@method`")
+    return kinds
 
 
 def all_methods() -> dict[str, Method]:

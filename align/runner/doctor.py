@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import PackageNotFoundError, entry_points, requires, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -83,11 +83,14 @@ def diagnose(home: Path) -> list[Finding]:
     Args:
         home: Root of the store.
     """
-    probes = run_probes([name for name in (*REQUIRED_PROBES, "deepspeed") if importlib.util.find_spec(name)])
+    names = [name for name in (*REQUIRED_PROBES, "deepspeed") if importlib.util.find_spec(name)]
+    probes = run_probes([*names, *(["methods"] if entry_points(group="align.methods") else [])])
+    plugged = probes.pop("methods", {})
     return [
         *_python(),
         *packages(requires("align") or []),
         *libraries(probes),
+        *method_plugins(plugged),
         *_processor(),
         *gpus(probes.get("torch"), shutil.which("nvidia-smi")),
         *storage(home),
@@ -192,6 +195,22 @@ def libraries(probes: dict[str, dict[str, Any]]) -> Iterator[Finding]:
         )
     else:
         yield Finding("ZeRO", "ok", "DeepSpeed can be imported", "no compiler is needed")
+
+
+def method_plugins(probe: dict[str, Any]) -> Iterator[Finding]:
+    """Methods of other packages; one that cannot be loaded stops every command.
+
+    Args:
+        probe: What the probe `methods` found.
+    """
+    uninstall = "uninstall the package that registers it"
+    if "error" in probe:
+        yield Finding("method plug-ins", "broken", probe["error"], uninstall)
+    for name, plugin in probe.get("plugins", {}).items():
+        if "error" in plugin:
+            yield Finding(f"method plug-in {name}", "broken", plugin["error"], plugin["fix"] or uninstall)
+        else:
+            yield Finding(f"method plug-in {name}", "ok", ", ".join(plugin["kinds"]), f"from {plugin['value']}")
 
 
 # Hardware --------------------------------------------------------------------------------------------------------

@@ -71,6 +71,22 @@ def _input_gradient(layer: Any, x: Any) -> Any:
     return x.grad
 
 
+def methods_here() -> dict[str, Any]:
+    """The kinds that each method plug-in registers, or why it registers none."""
+    from importlib.metadata import entry_points
+
+    from align.errors import AlignError
+    from align.methods import GROUP, load_plugin
+
+    plugins: dict[str, Any] = {}
+    for entry in entry_points(group=GROUP):
+        try:
+            plugins[entry.name] = {"kinds": load_plugin(entry), "value": entry.value}
+        except AlignError as error:
+            plugins[entry.name] = {"error": error.message, "fix": error.fix or ""}
+    return {"plugins": plugins}
+
+
 def import_of(name: str) -> Callable[[], dict[str, Any]]:
     """A probe that only imports."""
 
@@ -84,6 +100,7 @@ def import_of(name: str) -> Callable[[], dict[str, Any]]:
 PROBES: dict[str, Callable[[], dict[str, Any]]] = {
     "torch": torch_here,
     "bitsandbytes": bitsandbytes_here,
+    "methods": methods_here,
     **{name: import_of(name) for name in ("peft", "datasets", "deepspeed")},
 }
 
