@@ -1,23 +1,25 @@
 """Checks plain values against a settings class and tells every mistake by its place, value and fix.
 
 A slip (a misspelt key, kind or choice) is mended in a draft and the draft is checked again, so that a misspelt `data`
-is one error and not two, and a misspelt `kind` does not hide what else is wrong in that stage.
+is one error and not two, and a misspelt `kind` does not hide what is wrong in the settings that all kinds share. What
+only the likeliest kind would refuse is not told: the kind may have been another package's.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from align.errors import RecipeError
-from align.recipe.explain import SLIP, Problem, explain, outline_of, shown, told_apart_by
+from align.recipe.explain import SLIP, VALUE, Problem, explain, outline_of, shown, told_apart_by
 from align.recipe.origins import Loc, Origins
 from align.recipe.shape import Spot, locate, models_in, options
 from align.recipe.suggest import distance, nearest
+from align.spec.stages import Stage
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -48,7 +50,7 @@ def validate(model: type[M], data: Any, origins: Origins, at: Loc = ()) -> M:
     while (errors := draft.errors()) and len(problems) < MAX_SLIPS:
         slip = next((found for each in errors if (found := draft.slip(each))), None)
         if slip is None:
-            problems += explain(model, draft.data, errors)
+            problems += [draft.with_packages(each) for each in explain(model, draft.data, errors)]
             break
         problems.append(draft.mend(slip))
     if problems:
@@ -87,6 +89,8 @@ class Slip:
     word: str
     words: list[str]
     key: bool
+    tag: bool = False
+    """Whether it is the `kind` that says which class stands there."""
 
 
 @dataclass
@@ -97,13 +101,32 @@ class _Draft:
     data: Any
     renamed: dict[Loc, str] = field(default_factory=dict)
     """Place in the draft -> key as written."""
+    guessed: set[Loc] = field(default_factory=set)
+    """Places of mappings whose `kind` was mended."""
 
     def errors(self) -> list[Any]:
+        """What pydantic finds, apart from what only follows from a guess."""
+        return [error for error in self._all_errors() if not self._follows_from_a_guess(error)]
+
+    def _all_errors(self) -> list[Any]:
         try:
             self.result()
         except ValidationError as error:
             return list(error.errors(include_url=False))
         return []
+
+    def _follows_from_a_guess(self, error: Any) -> bool:
+        """Whether it is about a setting of the guessed class that no base class of several kinds has."""
+        spot = locate(self.model, error["loc"]) if self.guessed else None
+        place = next((at for at in self.guessed if spot and spot.loc[: len(at)] == at), None)
+        if spot is None or place is None:
+            return False
+        inside = spot.loc[len(place) :]
+        if not inside or (len(inside) == 1 and error["type"] in ("missing", "extra_forbidden")):
+            return True
+        model = next(each for loc, each in spot.models if loc == place)
+        bases = [each.model_fields for each in model.__mro__[1:] if issubclass(each, BaseModel)]
+        return not any(inside[0] in fields for fields in bases if "kind" not in fields)
 
     def result(self) -> Any:
         # The JSON mode is the strict mode that takes a list for a tuple and text for an enum.
@@ -120,7 +143,8 @@ class _Draft:
         if error["type"] == "union_tag_invalid":
             key = error["ctx"]["discriminator"].strip("'")
             tags = [tag for m in models_in(spot.expected) if (tag := str(m.model_fields[key].default))]
-            return self._value_slip((*spot.loc, key), tags)
+            slip = self._value_slip((*spot.loc, key), tags)
+            return slip and replace(slip, tag=True)
         if error["type"] == "literal_error" and not self._other_form(spot):
             union = next((annotation for loc, annotation, _ in spot.choices if loc == spot.loc), None)
             return self._value_slip(spot.loc, options(spot.expected if union is None else union))
@@ -155,16 +179,35 @@ class _Draft:
         mended = self._with(slip, chosen)
         written = slip.loc
         self.data, self.renamed = mended.data, mended.renamed
+        if slip.tag:
+            self.guessed.add(slip.loc[:-1])
         what = f"unknown key `{slip.word}`" if slip.key else f"{shown(slip.word)} is not one of the choices"
         loc = (*written[:-1], chosen) if slip.key else written
         others = [word for word in slip.words if word != chosen]
         fix = f"write `{chosen}`" + (f" (or {' or '.join(f'`{word}`' for word in others[:3])})" if others else "")
-        return Problem(SLIP, loc, f"{what}; did you mean `{chosen}`?", fix)
+        problem = Problem(SLIP, loc, f"{what}; did you mean `{chosen}`?", fix)
+        return self.with_packages(problem, slip.word) if slip.tag else problem
+
+    def with_packages(self, problem: Problem, word: Any = None) -> Problem:
+        """An unknown `kind` of a stage may be a method of a package that is not installed.
+
+        Args:
+            problem: Any problem.
+            word: The value as written; absent, what the draft has there.
+        """
+        if problem.rank != (VALUE if word is None else SLIP) or problem.loc[-1:] != ("kind",):
+            return problem
+        kinds = models_in(locate(self.model, problem.loc[:-1]).expected)
+        word = self.at(problem.loc) if word is None else word
+        if not isinstance(word, str) or not any(issubclass(each, Stage) for each in kinds):
+            return problem
+        installed = f"install the package that provides `{word}`; `align methods` lists what there is"
+        return replace(problem, fix=f"{problem.fix}, or {installed}")
 
     def faults(self) -> int:
         """How many mistakes are left when every slip is mended by its first word."""
         draft, mended = self, 0
-        while (errors := draft.errors()) and mended < MAX_SLIPS:
+        while (errors := draft._all_errors()) and mended < MAX_SLIPS:
             slip = next((found for each in errors if (found := draft.slip(each))), None)
             if slip is None:
                 break
@@ -172,7 +215,7 @@ class _Draft:
         return len(errors) + mended
 
     def _with(self, slip: Slip, word: str) -> _Draft:
-        draft = _Draft(self.model, copy.deepcopy(self.data), dict(self.renamed))
+        draft = _Draft(self.model, copy.deepcopy(self.data), dict(self.renamed), set(self.guessed))
         around = draft.at(slip.loc[:-1])
         if slip.key:
             around[word] = around.pop(slip.word)

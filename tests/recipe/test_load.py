@@ -246,7 +246,12 @@ def test_a_byte_order_mark_and_windows_line_ends_are_fine(tmp_path: Path) -> Non
         ),
         ("beta: 0.1", "loss_on: all", "14: stages.dpo.loss_on: `dpo` takes no `loss_on`; `orpo`, `sft` would", ""),
         ("path: pairs.jsonl,", "path: pairs.jsonl, hub: x,", "5: data.pairs.hub: `path` takes no `hub`", ""),
-        ("beta: 0.1", "bogus: 0.1", "14: stages.dpo.bogus: unknown key `bogus`", "known here: `reference`, `train`,"),
+        (
+            "beta: 0.1",
+            "bogus: 0.1",
+            "14: stages.dpo.bogus: unknown key `bogus`",
+            "known here: `engine`, `reference`, `train`,",
+        ),
         ("{kind: sft,", "{kind:sft,", "8: no space after the colon in `kind:sft`", "write `kind: sft`"),
         # wrong types and values
         ("beta: 0.1", "beta: yes", '14: stages.dpo.beta: "yes" is not a number', ""),
@@ -311,6 +316,12 @@ def test_a_byte_order_mark_and_windows_line_ends_are_fine(tmp_path: Path) -> Non
         ("path: pairs.jsonl, ", "", "5: data.pairs: one of `path`, `hub` or `generator` is missing", ""),
         ("kind: sft, ", "", "8: stages.sft: `kind` is missing", "add `kind:`, one of `dpo`,"),
         ("kind: sft", "kind: other", '8: stages.sft.kind: there is no kind "other"', "write one of `dpo`,"),
+        (
+            "{kind: sft, data: corpus}",
+            "{kind: cpo, data: corpus, alpha: 1, beta: no}",
+            '8: stages.sft.kind: "cpo" is not one of the choices; did you mean `dpo`?',
+            "write `dpo` (or `ipo`), or install the package that provides `cpo`; `align methods` lists what there is",
+        ),
         ("{kind: sft, data: corpus}", "", "8: stages.sft: must be a mapping, not empty", ""),
     ],
 )
@@ -320,6 +331,22 @@ def test_one_mistake(refuse: Refuse, old: str, new: str, told: str, fix: str) ->
     assert len(lines) == 2 or (len(lines) == 1 and not fix), lines
     assert lines[0].startswith(told), lines
     assert "\n".join(lines[1:]).startswith(f"  fix: {fix}" if fix else ""), lines
+
+
+def test_a_guessed_kind_hides_nothing_in_what_all_kinds_share(refuse: Refuse) -> None:
+    text = RECIPE.replace("kind: dpo", "kind: dop").replace("beta: 0.1", "beta: x\n    train: {max_steps: x}")
+    places = [line.partition(": ")[2].partition(":")[0] for line in refuse(text).splitlines() if "fix:" not in line]
+    assert places == ["stages.dpo.kind", "stages.dpo.train.max_steps"]
+
+
+@pytest.mark.parametrize(("old", "new", "word"), [("sft,", "other,", "other"), ("dpo", "dop", "dop")])
+def test_an_unknown_kind_may_be_a_package_that_is_not_installed(refuse: Refuse, old: str, new: str, word: str) -> None:
+    told = refuse(RECIPE.replace(f"kind: {old}", f"kind: {new}"))
+    assert told.endswith(f", or install the package that provides `{word}`; `align methods` lists what there is")
+
+
+def test_a_misspelt_key_kind_is_no_package(refuse: Refuse) -> None:
+    assert "package" not in refuse(RECIPE.replace("kind: sft", "knid: sft"))
 
 
 def test_all_mistakes_are_told_at_once_slips_first(refuse: Refuse) -> None:
