@@ -28,6 +28,8 @@ from tests.methods.batches import (
     wanted,
 )
 
+SUMS = "does the loss take a mean, or mix examples? return one value per example and its weight"
+
 
 def total(outputs: list[LossOutput]) -> torch.Tensor:
     """The step's reduction: coefficient * sum of sums / sum of weights."""
@@ -55,7 +57,7 @@ def test_micro_batches_equal_the_full_batch(method: Method):
     full = total([method.loss(batch, config)])
     for cut in ([slice(0, 3), slice(3, 8)], [slice(i, i + 1) for i in range(8)]):
         parts = total([method.loss(part(batch, rows), config) for rows in cut])
-        assert parts.item() == pytest.approx(full.item(), rel=1e-12)
+        assert parts.item() == pytest.approx(full.item(), rel=1e-12), SUMS
 
 
 def test_gradients_of_micro_batches_equal_the_full_batch(method: Method):
@@ -67,7 +69,7 @@ def test_gradients_of_micro_batches_equal_the_full_batch(method: Method):
         leaf.grad = None
     total([method.loss(part(batch, slice(i, i + 2)), config) for i in range(0, 8, 2)]).backward()
     for leaf, expected in zip(leaves, full, strict=True):
-        torch.testing.assert_close(leaf.grad, expected)
+        torch.testing.assert_close(leaf.grad, expected, msg=lambda found: f"{SUMS}\n{found}")
 
 
 def test_metrics_of_micro_batches_equal_the_full_batch(method: Method):
@@ -124,12 +126,14 @@ def test_no_gradient_reaches_reference_statistics_or_metrics(method: Method):
 
 
 def test_the_reference_is_read_exactly_if_it_is_declared(method: Method):
-    assert ("reference" in method.config.model_fields) == method.reference
+    has_field, declared_read = "reference" in method.config.model_fields, method.reference
+    assert has_field == declared_read
     if not method.reference:
         return
     batch, config = random_batch(method, 4), config_of(method)
     moved = replace(batch, reference=random_batch(method, 4, seed=5).reference)
-    assert method.loss(batch, config).loss.item() != pytest.approx(method.loss(moved, config).loss.item())
+    own, other = method.loss(batch, config).loss.item(), method.loss(moved, config).loss.item()
+    assert own != pytest.approx(other), "the loss declares a reference and does not read it"
 
 
 @pytest.mark.parametrize("kind", [kind for kind, method in all_methods().items() if method.statistic])
@@ -280,5 +284,6 @@ def test_packs_and_their_padding_do_not_matter(method: Method):
         loss, gradient, packs = one_step(method, examples, 100_000, config)
         cut_loss, cut_gradient, cut_packs = one_step(method, examples, 1, config)
         assert (packs, cut_packs) == (1, 7)
-        assert cut_loss == pytest.approx(loss, rel=1e-5)
-        torch.testing.assert_close(cut_gradient, gradient, rtol=1e-4, atol=1e-6)
+        assert cut_loss == pytest.approx(loss, rel=1e-5), SUMS
+        told = lambda found: f"{SUMS}\n{found}"  # noqa: E731
+        torch.testing.assert_close(cut_gradient, gradient, rtol=1e-4, atol=1e-6, msg=told)
