@@ -50,6 +50,7 @@ NO_ROOM = "prompt leaves no room for a completion"
 CUT_AWAY = "completion truncated away"
 EQUAL = "chosen equals rejected after truncation"
 EQUAL_TO_EARLIER = "equals an earlier one after truncation"
+EQUAL_BUT_SCORED_APART = "equals one of another score after truncation"
 TOO_LONG = "prompt longer than max_tokens"
 CONTROL = "control token in the text"
 REWRITTEN = "answer rewritten by the chat template"
@@ -291,25 +292,30 @@ class ChatEncoder:
     def _of_list(self, record: Ranked, layout: _Layout, ids: dict[Piece, list[int]], group: bytes) -> Example:
         """An example of the candidates that are of use, and of the target."""
         prompt_ids = ids[layout.prompt]
-        kept: dict[tuple[int, ...], tuple[Completion, float]] = {}
+        found: dict[tuple[int, ...], list[tuple[Completion, float]]] = {}
         rules = list(layout.left_off)
         candidates = layout.completions[: len(layout.scores)]
         for pieces, score in zip(candidates, layout.scores, strict=True):
-            found = _outcome(self._completion, pieces, ids, len(prompt_ids))
-            if isinstance(found, Exception):
-                rules.append(_rule_of_one(found))
-            elif tuple(found.ids) in kept:
-                rules.append(EQUAL_TO_EARLIER)
+            candidate = _outcome(self._completion, pieces, ids, len(prompt_ids))
+            if isinstance(candidate, Exception):
+                rules.append(_rule_of_one(candidate))
             else:
-                kept[tuple(found.ids)] = found, score
-        scores = tuple(score for _, score in kept.values())
+                found.setdefault(tuple(candidate.ids), []).append((candidate, score))
+        kept = []
+        for equal in found.values():
+            if len({score for _, score in equal}) == 1:
+                kept.append(equal[0])
+                rules += [EQUAL_TO_EARLIER] * (len(equal) - 1)
+            else:  # what told them apart is cut away, so neither score is that of what is left
+                rules += [EQUAL_BUT_SCORED_APART] * len(equal)
+        scores = tuple(score for _, score in kept)
         if len(scores) < 2:
             raise Dropped(TOO_FEW)
         if len(set(scores)) == 1:
             raise Dropped(TIED)
         targets = [self._completion(each, ids, len(prompt_ids)) for each in layout.completions[len(layout.scores) :]]
         self.noted.update(map(left_off, rules))
-        completions = (*(completion for completion, _ in kept.values()), *targets)
+        completions = (*(completion for completion, _ in kept), *targets)
         return Example(record.row, prompt_ids, completions, record.weight, group, scores)
 
     def _completion(self, pieces: Sequence[Piece], ids: dict[Piece, list[int]], prompt_tokens: int) -> Completion:
