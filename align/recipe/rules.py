@@ -6,9 +6,11 @@ ZeRO-1, 2 and 3, give on two ranks the losses and weights of one process. With i
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import reduce
+from pathlib import Path
 from typing import Any
 
 from align.errors import RecipeError
@@ -19,6 +21,7 @@ from align.recipe.graph import Graph, Node
 from align.recipe.lineage import model_loc
 from align.recipe.load import LoadedRecipe
 from align.recipe.origins import Loc
+from align.recipe.rope import Rope, rope_of
 from align.recipe.sizes import positions_of_folder
 from align.recipe.sources import base_folder
 from align.recipe.validate import combine
@@ -313,27 +316,35 @@ def _too_long(graph: Graph) -> Iterator[RecipeError]:
     for node in graph.nodes.values():
         made = _positions(node, graph)
         train = node.stage.train if isinstance(node.stage, TrainedStage) else None
-        if made is None or train is None or train.max_tokens <= made.positions:
+        if made is None or train is None:
             continue
         written = "max_tokens" in train.model_fields_set
-        if not written and not made.written:
-            continue  # both are defaults: `align plan` notes it
-        yield RecipeError(
-            f"max_tokens {train.max_tokens}{'' if written else ' (the default)'} is more than the "
-            f"{made.positions} positions that `{made.base}` was made for",
-            where=graph.loaded.where("stages", node.name, "train", "max_tokens"),
-            fix=f"write max_tokens: {made.positions} or less" + made.instead,
-        )
+        where = graph.loaded.where("stages", node.name, "train", "max_tokens")
+        if made.rope is not None and train.max_tokens > made.rope.positions:
+            yield made.rope.refusal(train.max_tokens, f"`{made.base}`", where, written)
+        elif made.positions is None or train.max_tokens <= made.positions or not (written or made.written):
+            continue  # of two defaults `align plan` tells
+        else:
+            yield RecipeError(
+                f"max_tokens {train.max_tokens}{'' if written else ' (the default)'} is more than the "
+                f"{made.positions} positions that `{made.base}` was made for",
+                where=where,
+                fix=f"write max_tokens: {made.positions} or less" + made.instead,
+            )
 
 
 @dataclass(frozen=True)
 class _Made:
-    """The longest sequence that a base was made for, whether somebody wrote it, and how to have longer ones."""
+    """The longest sequence that a base was made for, whether somebody wrote it, and how to have longer ones.
+
+    `rope` is there if its frequencies depend on the batch.
+    """
 
     base: str
-    positions: int
+    positions: int | None
     written: bool = True
     instead: str = ""
+    rope: Rope | None = None
 
 
 def _positions(node: Node, graph: Graph) -> _Made | None:
@@ -348,5 +359,14 @@ def _positions(node: Node, graph: Graph) -> _Made | None:
     if node.model.base in graph.nodes:
         return _positions(graph.nodes[node.model.base], graph)
     folder = base_folder(node.model.base, graph.loaded.folder)
-    positions = positions_of_folder(folder) if folder is not None else None
-    return None if positions is None else _Made(node.model.base, positions)
+    if folder is None:
+        return None
+    return _Made(node.model.base, positions_of_folder(folder), rope=_rope_of_folder(folder))
+
+
+def _rope_of_folder(folder: Path) -> Rope | None:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return rope_of(config) if isinstance(config, dict) else None

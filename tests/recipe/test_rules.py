@@ -267,7 +267,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
         ({"max_position_embeddings": 64, "rope_scaling": YARN}, 256),
         ({"max_position_embeddings": 300, "rope_parameters": YARN}, 300),
         ({"max_position_embeddings": 64, "rope_parameters": {"full_attention": YARN, "sliding_attention": {}}}, 256),
-        ({"max_position_embeddings": 64, "rope_scaling": {"rope_type": "dynamic", "factor": 2}}, 128),
+        ({"max_position_embeddings": 64, "rope_scaling": {"rope_type": "linear", "factor": 2}}, 128),
         ({"max_position_embeddings": 64, "rope_scaling": "none", "text_config": []}, 64),
     ],
 )
@@ -285,6 +285,61 @@ def test_sequences_longer_than_a_folder_was_made_for_are_refused(
         check_rules(check(text.replace("N}}", f"{longest + 1}}}}}")))
     assert "recipe.yaml:13: stages.sft.train.max_tokens: " in str(caught.value)
     assert f"max_tokens {longest + 1} is more than the {longest} positions that `llm` was made for" in str(caught.value)
+
+
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [4.0]}
+DYNAMIC = {"max_position_embeddings": 64, "rope_scaling": {"rope_type": "dynamic", "factor": 2}}
+
+
+@pytest.mark.parametrize(
+    ("config", "longest"),
+    [
+        (DYNAMIC, 64),
+        ({"text_config": DYNAMIC}, 64),
+        ({"max_position_embeddings": 256, "original_max_position_embeddings": 64, "rope_scaling": LONGROPE}, 64),
+        (
+            {"max_position_embeddings": 256, "rope_parameters": LONGROPE | {"original_max_position_embeddings": 64}},
+            64,
+        ),
+        ({"max_position_embeddings": 64, "rope_parameters": {"full_attention": LONGROPE, "sliding_attention": {}}}, 64),
+        (  # as Phi-3 was first published
+            {
+                "max_position_embeddings": 256,
+                "original_max_position_embeddings": 64,
+                "rope_scaling": {"type": "su", "short_factor": [1.0], "long_factor": [4.0]},
+            },
+            64,
+        ),
+    ],
+)
+def test_sequences_that_would_depend_on_their_neighbours_are_refused(
+    check: Check, tmp_path: Path, config: dict[str, object], longest: int
+) -> None:
+    (tmp_path / "llm").mkdir()
+    (tmp_path / "llm" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "llm" / "model.safetensors").touch()
+    text = RECIPE.replace("base: base", "base: llm")
+    fits = [f"stages.{name}.train.max_tokens={longest}" for name in ("sft", "dpo")]
+    check_rules(check(text, *fits))
+    with pytest.raises(RecipeError) as caught:
+        check_rules(check(text, fits[0], f"stages.dpo.train.max_tokens={longest + 1}"))
+    first, second, *rest = str(caught.value).splitlines()
+    assert f"max_tokens {longest + 1} is more than the {longest} positions that `llm` was first made for" in first
+    assert "depend on what else is in the batch" in first
+    assert second == f"  fix: lower max_tokens to {longest}"
+    assert not rest
+    with pytest.raises(RecipeError, match=r"stages\.dpo\.train\.max_tokens: max_tokens 1024 \(the default\) is more"):
+        check_rules(check(text, fits[0]))
+
+
+def test_frequencies_that_no_batch_changes_pass(check: Check, tmp_path: Path) -> None:
+    (tmp_path / "llm").mkdir()
+    (tmp_path / "llm" / "model.safetensors").touch()
+    hunyuan = DYNAMIC | {"rope_scaling": {"type": "dynamic", "factor": 2, "alpha": 1000.0}}
+    for config in (hunyuan, {"max_position_embeddings": 64, "rope_scaling": YARN}):
+        (tmp_path / "llm" / "config.json").write_text(json.dumps(config))
+        fits = [f"stages.{name}.train.max_tokens=100" for name in ("sft", "dpo")]
+        check_rules(check(RECIPE.replace("base: base", "base: llm"), *fits))
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", '{"max_position_embeddings": "many"}'])
