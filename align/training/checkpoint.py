@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.trainer import TRAINER_STATE_NAME
 
 from align.artifacts.seal import publish, read_seal, verify
 from align.errors import ArtifactError, TrainingError
@@ -41,12 +43,38 @@ def latest_verified(folder: Path) -> Path | None:
     return None
 
 
-def publish_checkpoint(staged: Path, folder: Path, step: int, keep: int, launch: dict[str, int]) -> None:
+def publish_checkpoint(staged: Path, folder: Path, step: int, launch: dict[str, int], keep: int | None = None) -> None:
     """Seal a staged checkpoint together with its launch, rename it into place, drop the oldest beyond `keep`."""
     folder.mkdir(parents=True, exist_ok=True)
     publish(staged, folder / f"step-{step:06d}", {"launch": launch})
-    for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+    if keep is not None:
+        for old in checkpoints(folder)[:-keep]:
+            shutil.rmtree(old)
+
+
+def drop_bests(folder: Path, kept: Path, current: int | None) -> None:
+    """Drop weights of validations that are no longer the best, not even for a run that resumes from a checkpoint.
+
+    A run that resumes does not have to reach the later ones again: rounding may differ.
+
+    Args:
+        folder: The weights, by their step.
+        kept: The checkpoints.
+        current: Step of the best validation so far.
+    """
+    named = {current, *(_best_of(checkpoint) for checkpoint in checkpoints(kept))}
+    for best in checkpoints(folder):
+        if step_of(best) not in named:
+            shutil.rmtree(best)
+
+
+def _best_of(checkpoint: Path) -> int | None:
+    """The step of the best validation before a checkpoint; None if there was none or the state cannot be read."""
+    try:
+        best = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["best_global_step"]
+    except (OSError, ValueError, KeyError, TypeError):  # damaged: nobody resumes from it
+        return None
+    return best if isinstance(best, int) else None
 
 
 def forget_after(folder: Path, step: int) -> None:

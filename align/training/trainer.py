@@ -26,6 +26,7 @@ from align.data.chat import Example
 from align.errors import TrainingError
 from align.logps import check_head
 from align.logps.engine import choose_packing
+from align.recipe.rope import check_rope
 from align.spec.train import ValidationSettings
 from align.training import checkpoint as ckpt
 from align.training import collectives
@@ -134,7 +135,9 @@ class AlignTrainer(Trainer):
         Raises:
             Preempted: If a signal asked for a stop.
             TrainingError: If a loss or a gradient is not finite; the weights are those of the step before.
+            RecipeError: If the model computes sequences of this length by what is beside them.
         """
+        check_rope(self.model.config, self.step.config.train.max_tokens)
         found = ckpt.latest_verified(self.work / "checkpoints") if collectives.rank() == 0 else None
         found = collectives.gather_objects(found)[0]
         if found is not None:
@@ -227,7 +230,7 @@ class AlignTrainer(Trainer):
         model.train()
         examples = [self.examples[i] for i in inputs]
         references = [self.references["train"][i] for i in inputs] if self.reference_role else None
-        packs = self.step.packs(examples)
+        packs = list(self.step.packs(examples))
         rounds, weights = self._agree(packs, examples)
         statistics = self._statistics(model, examples, references)
         world, device = collectives.world_size(), self.args.device
@@ -348,7 +351,8 @@ class AlignTrainer(Trainer):
             if collectives.rank() == 0:
                 staged = self.work / "staging" / "best"
                 ckpt.write_trainable(state, staged)
-                ckpt.publish_checkpoint(staged, self.work / "best", self.state.global_step, keep=1, launch=self._launch)
+                ckpt.publish_checkpoint(staged, self.work / "best", self.state.global_step, self._launch)
+                self._drop_bests()
             collectives.barrier()
         since = (self.state.global_step - (self.state.best_global_step or 0)) // settings.every_steps
         if settings.patience is not None and since >= settings.patience:
@@ -397,5 +401,9 @@ class AlignTrainer(Trainer):
         step = self.state.global_step
         if collectives.rank() == 0:
             staged = Path(self.args.output_dir) / f"checkpoint-{step}"
-            ckpt.publish_checkpoint(staged, self.work / "checkpoints", step, self.keep_checkpoints, self._launch)
+            ckpt.publish_checkpoint(staged, self.work / "checkpoints", step, self._launch, self.keep_checkpoints)
+            self._drop_bests()
         collectives.barrier()
+
+    def _drop_bests(self) -> None:
+        ckpt.drop_bests(self.work / "best", self.work / "checkpoints", self.state.best_global_step)

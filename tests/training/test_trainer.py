@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from align.errors import TrainingError
+from align.errors import RecipeError, TrainingError
 from align.training import checkpoint as ckpt
 from tests.training.worlds import Run, fit, save_tiny_base
 
@@ -118,6 +118,92 @@ def test_a_best_validation_after_the_last_checkpoint_is_made_again(base, tmp_pat
     again = fit(0, 1, replace(cut, parameter_hook=lambda trainer, rank: keep_best(trainer)))
     assert again["resumed"] == 3
     assert same(whole["state"], again["state"])
+
+
+def test_the_best_before_a_checkpoint_outlives_better_ones_that_a_resumed_run_does_not_reach_again(base, tmp_path):
+    run = Run(base, tmp_path, steps=8, save_every=3, validation=8, learning_rate=1e-2)
+
+    def keep_best(trainer):
+        trainer.validation_settings.keep = "best"
+        trainer.validation = trainer.examples[:8]  # what is trained on, so that every validation is the best so far
+
+    def left(trainer, rank):
+        keep_best(trainer)
+        stop_at(6)(trainer, rank)
+
+    def worse(trainer, rank):
+        keep_best(trainer)
+        own = trainer._determine_best_metric
+        trainer._determine_best_metric = lambda metrics, trial: own({k: v + 9 for k, v in metrics.items()}, trial)
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(0, 1, replace(run, parameter_hook=left))
+    assert bests(tmp_path) == [2, 4]
+    then = ckpt.read_trainable(tmp_path / "best" / "step-000002")
+    again = fit(0, 1, replace(run, parameter_hook=worse))
+    assert again["resumed"] == 3
+    assert same({k: v.numpy() for k, v in then.items()}, again["state"])
+
+
+def test_bests_that_no_checkpoint_names_are_dropped(base, tmp_path):
+    run = Run(base, tmp_path, steps=12, save_every=5, validation=8, learning_rate=1e-2)
+    seen = {}
+
+    def keep_best(trainer, rank):
+        trainer.validation_settings.keep = "best"
+        trainer.validation = trainer.examples[:8]
+        trainer.keep_checkpoints = 1
+        own = trainer._maybe_log_save_evaluate
+
+        def at_the_end_of_a_step(*args, **kwargs):
+            own(*args, **kwargs)
+            seen[trainer.state.global_step] = bests(tmp_path)
+
+        trainer._maybe_log_save_evaluate = at_the_end_of_a_step
+
+    fit(0, 1, replace(run, parameter_hook=keep_best))
+    assert list(seen.values()) == [[], [2], [2], [4], [4], [4, 6], [4, 6], [4, 8], [4, 8], [10], [10], [12]]
+    ckpt.forget_after(tmp_path / "checkpoints", 0)
+    ckpt.drop_bests(tmp_path / "best", tmp_path / "checkpoints", None)
+    assert bests(tmp_path) == []
+
+
+def test_a_checkpoint_whose_state_cannot_be_read_names_no_best(tmp_path):
+    contents = {1: '{"best_global_step": 3}', 2: "{", 3: "{}", 4: "[]", 5: '{"best_global_step": null}', 6: None}
+    for step, content in contents.items():
+        (tmp_path / "best" / f"step-{step:06d}").mkdir(parents=True)
+        folder = tmp_path / "checkpoints" / f"step-{step:06d}"
+        folder.mkdir(parents=True)
+        if content is not None:
+            (folder / "trainer_state.json").write_text(content)
+    ckpt.drop_bests(tmp_path / "best", tmp_path / "checkpoints", 6)
+    assert bests(tmp_path) == [3, 6]
+
+
+def bests(work) -> list[int]:
+    return [ckpt.step_of(best) for best in ckpt.checkpoints(work / "best")]
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0},
+        {"rope_type": "longrope", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 128,
+         "short_factor": [1.0] * 16, "long_factor": [4.0] * 16},
+    ],
+    ids=lambda rope: rope["rope_type"],
+)  # fmt: skip
+def test_sequences_that_would_depend_on_their_neighbours_are_refused_before_training(rope, base, tmp_path):
+    trainer = Run(base, tmp_path, "dpo", steps=1).trainer()
+    trainer.model.config.rope_parameters = rope
+    trainer.step.config.train.max_tokens = 129
+    told = "max_tokens 129 is more than the 128 positions that the model was first made for"
+    with pytest.raises(RecipeError, match=told) as caught:
+        trainer.fit()
+    assert caught.value.fix == "lower max_tokens to 128"
+    assert not (tmp_path / "reference").exists() or not any((tmp_path / "reference").iterdir())
+    trainer.step.config.train.max_tokens = 128
+    trainer.fit()
 
 
 def test_a_damaged_reference_cache_is_computed_again(base, tmp_path, caplog):
