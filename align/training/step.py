@@ -20,7 +20,7 @@ from align.logps import Pack, Packing, empty_pack, last_rewards, pack_examples, 
 from align.methods import Method
 from align.spec.stages import TrainedStage
 from align.training.batches import batch_of, rewards_of
-from align.types import Batch, Logps, LossOutput, Needs, Term
+from align.types import Batch, Logps, LossOutput, Needs, Term, checked
 
 Reference = Sequence[float]
 """Log-probabilities of an example's completions under the reference, in nats."""
@@ -173,7 +173,7 @@ class Step:
         """The method on [N] log-probabilities of trained tokens, or on [C] rewards."""
         own = [examples[i] for i in pack.examples]
         if not self._reads_logps:
-            return self.method.loss(rewards_of(own, values), self.config)
+            return checked(self.method.loss(rewards_of(own, values), self.config), self.method.kind)
         logps = pack.sum_by_completion(values)
         batch = batch_of(
             self.method.batch,
@@ -183,7 +183,7 @@ class Step:
             prompt=pack.sum_by_prompt(values) if self.scores_prompts else None,
             statistics=statistics,
         )
-        return self.method.loss(batch, self.config)
+        return checked(self.method.loss(batch, self.config), self.method.kind)
 
     def _frozen(self, pack: Pack, references: Sequence[Reference] | None, which: slice, logps: Logps) -> Logps | None:
         """The reference's log-probabilities of the completions of a pack, [C]."""
