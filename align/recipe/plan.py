@@ -259,7 +259,8 @@ class _Planner:
         weights = trained * (self.bytes_of(model) if deepspeed else MASTER_BYTES)
         merged = size.parameters * self.bytes_of(model) if model.merge_parent else 0
         checkpoint = weights + trained * (ADAM_BYTES + (2 * MASTER_BYTES if deepspeed else 0))
-        best = 2 * weights if train.validation is not None and train.validation.keep == "best" else 0
+        keeps_best = train.validation is not None and train.validation.keep == "best"
+        best = (train.keep_checkpoints + 2) * weights if keeps_best else 0  # those that checkpoints name, and the next
         # One more than is kept: the next is whole before the oldest goes. A merged base is made in the work folder.
         kept = train.keep_checkpoints + 1 if engine_of(stage) == "align" else 0
         return weights + merged, kept * checkpoint + best + merged
