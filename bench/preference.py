@@ -56,19 +56,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in options.shape or DEFAULTS[options.device]:
         shape = SHAPES[name].quick() if options.quick else SHAPES[name]
         shape = replace(shape, repeats=options.repeats or shape.repeats)
-        bench = Bench(shape, device, ablations=options.ablations)
+        bench = Bench(shape, device, ablations=options.ablations, timed=not options.gate)
         record["shapes"][name] = asdict(shape) | {"product_flops": bench.product}
         console.print(f"{name}: a product of this run gives {bench.product / 1e12:.3f} TFLOP/s in {shape.dtype}")
         for case in options.case or CASES:
             found = bench.run(CASES[case])
             record["cases"].append(found)
             print_gate(console, found)
-            if not found["failures"]:
+            if "arms" in found:
                 print_case(console, found)
                 timed.append(found)
     verdict = lines(timed)
     record["verdict"] = [asdict(line) | {"reached": line.reached} for line in verdict]
-    print_verdict(console, verdict)
+    if timed:
+        print_verdict(console, verdict)
     if options.quick:
         console.print("[yellow]--quick: these times and ratios mean nothing")
     if options.json:
@@ -84,6 +85,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--case", action="append", choices=list(CASES), help="may be repeated; all if absent")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, one round: the code, not the times")
+    parser.add_argument("--gate", action="store_true", help="only the gate, no times")
     parser.add_argument("--repeats", type=int, help="timed rounds")
     parser.add_argument("--ablations", choices=("auto", "all", "none"), default="auto", help="auto: as the shape says")
     parser.add_argument("--json", type=Path, help="where all figures go")
@@ -97,10 +99,11 @@ class Bench:
         shape: Of the model.
         device: Where.
         ablations: `all`, `none`, or `auto` for the cases that the shape names.
+        timed: Whether a case that passes the gate is timed.
     """
 
-    def __init__(self, shape: Shape, device: torch.device, *, ablations: str = "auto") -> None:
-        self.shape, self.device, self.ablations = shape, device, ablations
+    def __init__(self, shape: Shape, device: torch.device, *, ablations: str = "auto", timed: bool = True) -> None:
+        self.shape, self.device, self.ablations, self.timed = shape, device, ablations, timed
         self.product = product_flops(device, shape.dtype, 256 if shape.scale > 1 else None)
         self.base = build_base(shape, device)
         self.batches: dict[tuple[str, float], int] = {}
@@ -128,7 +131,7 @@ class Bench:
             world = World(self.shape, case, self.device, self.base)
             arms = self._arms(world)
             results = self._gate(world, arms, record, "bf16" if self.shape.quantized else "fp32")
-            if not record["failures"]:
+            if self.timed and not record["failures"]:
                 self._time(world, [arm for arm in arms if arm.name in results], results, record)
         return record
 
@@ -138,9 +141,10 @@ class Bench:
         if world.case.kind == "rrhf":
             return [plain_rows(world, ours[0]), *ours]
         key = (world.case.kind, world.case.cv)
-        others = peers(world, self.batches.get(key) if world.base is self.base else len(world.examples))
-        if world.base is self.base:
-            self.batches[key] = others[1].batch
+        if not self.timed or world.base is not self.base:
+            return [*peers(world, len(world.examples)), *ours]
+        others = peers(world, self.batches.get(key))
+        self.batches[key] = others[1].batch
         return [*others, *ours]
 
     def _gate(self, world: World, arms: Sequence[Arm], record: dict[str, Any], precision: str) -> dict[str, Result]:

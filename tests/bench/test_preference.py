@@ -66,6 +66,13 @@ def test_a_quantised_shape_passes_both_gates(tmp_path: Path, case: str) -> None:
     assert set(record["cases"][0]["arms"]) == {"trl default", "trl tuned", "ours"}
 
 
+def test_the_gate_alone(tmp_path: Path) -> None:
+    code, record = run(tmp_path, "--shape", "small", "--case", "rrhf-k8-r1", "--gate")
+    assert code == 0
+    assert set(record["cases"][0]["gate"]["fp32"]) >= {"ours", "plain rows"}
+    assert "arms" not in record["cases"][0]
+
+
 def test_a_wrong_arm_fails_the_gate_and_nothing_is_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wrong = {**arms.CONFIGS, "dpo": DPO(data="d", reference="base", beta=0.11)}
     with patch.object(arms, "CONFIGS", wrong):
