@@ -32,9 +32,10 @@ from bench.worlds import BETA, World
 CONFIGS = {"dpo": DPO(data="d", reference="base", beta=BETA), "reward": Reward(data="d"), "rrhf": RRHF(data="d")}
 
 
-PLAIN_ROWS = "plain rows"
+PLAIN_ROWS, SMALL_PACKS = "plain rows", "small packs"
 NOTES = {
     "ours": "packing auto, the reference precomputed, one step of align's trainer without its optimizer",
+    SMALL_PACKS: "the same with as many pairs in a forward pass as the tuned TRL has, where those are fewer",
     PLAIN_ROWS: "the same in padded rows, as ranked candidates have no peer",
 }
 
@@ -105,18 +106,25 @@ class Ours:
         name: Of the arm.
         without: The technique that is switched off, if one is.
         beside: An arm whose reference is taken over.
+        pack_tokens: Token budget of a forward pass, instead of the shape's.
     """
 
     deterministic = True
 
     def __init__(
-        self, world: World, roles: RoleModel, name: str = "ours", without: str = "", beside: Ours | None = None
+        self,
+        world: World,
+        roles: RoleModel,
+        name: str = "ours",
+        without: str = "",
+        beside: Ours | None = None,
+        pack_tokens: int | None = None,
     ) -> None:
         self.world, self.roles, self.name, self.without = world, roles, name, without
         self.packing = self._packing()
         method = get_method(world.case.kind)
         self.config = CONFIGS[world.case.kind]
-        self.task = Step(method, self.config, world.shape.pack_tokens, self.packing)
+        self.task = Step(method, self.config, pack_tokens or world.shape.pack_tokens, self.packing)
         self.references = beside.references if beside else self.reference() if method.reference else None
         self.groups = [[world.examples[i] for i in pack.examples] for pack in self.task.packs(world.examples)]
         self.passes = f"{self.packing}, {len(self.groups)} pack{'s' * (len(self.groups) > 1)}"
@@ -221,6 +229,12 @@ def our_arms(world: World, *, ablations: bool) -> list[Ours]:
 def plain_rows(world: World, beside: Ours) -> Ours:
     """Padded rows and all else as it is: what ranked candidates are compared with, as there is no peer."""
     return Ours(world, beside.roles, PLAIN_ROWS, "packing", beside)
+
+
+def small_packs(world: World, beside: Ours, pairs: int) -> Ours:
+    """As it comes, but with no more pairs in a forward pass than a peer has: memory goes with that."""
+    longest = max(p + sum(responses) for p, responses in world.lengths)
+    return Ours(world, beside.roles, SMALL_PACKS, "", beside, pairs * longest)
 
 
 class _OtherHead(nn.Linear):

@@ -29,7 +29,7 @@ import torch
 from rich.console import Console
 
 from align.models.platform import prepare_process
-from bench.arms import NOTES, Arm, Ours, forget, our_arms, plain_rows
+from bench.arms import NOTES, Arm, Ours, forget, our_arms, plain_rows, small_packs
 from bench.clock import Times, in_turns, product_flops, ratio, seconds
 from bench.gate import Gate, Result, judge, measured, plain
 from bench.peers import NOTES as PEER_NOTES
@@ -144,8 +144,9 @@ class Bench:
         if not self.timed or world.base is not self.base:
             return [*peers(world, len(world.examples)), *ours]
         others = peers(world, self.batches.get(key))
-        self.batches[key] = others[1].batch
-        return [*others, *ours]
+        self.batches[key] = batch = others[1].batch
+        fewer = [small_packs(world, ours[0], batch)] if batch < max(map(len, ours[0].groups)) else []
+        return [*others, ours[0], *fewer, *ours[1:]]
 
     def _gate(self, world: World, arms: Sequence[Arm], record: dict[str, Any], precision: str) -> dict[str, Result]:
         results: dict[str, Result] = {}

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bench.arms import ABLATIONS, PLAIN_ROWS
+from bench.arms import ABLATIONS, PLAIN_ROWS, SMALL_PACKS
 
 OF_ARITHMETIC = 0.85
 """Wanted share of the ratio that the operations promise."""
@@ -17,6 +17,14 @@ WANTED = (
     ("rrhf-k8-r4", PLAIN_ROWS, 2.0),
 )
 """Case, arm beside it, how many times as many tokens per second."""
+
+MEMORY = (
+    ("ours", "trl tuned"),
+    (SMALL_PACKS, "trl tuned"),
+    ("ours", "trl default"),
+    ("checkpointing", "trl default"),
+)
+"""Live memory of the first wanted below the second's. Like with like are the second line and the last."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +82,7 @@ def gains(arms: Mapping[str, Mapping[str, Any]], measured: Mapping[str, float]) 
     """
     pairs = [(a.technique, a.name, a.beside) for a in ABLATIONS if a.name in arms and a.beside in arms]
     named = {slow for _, slow, _ in pairs}
-    pairs += [("everything", name, "ours") for name in arms if name != "ours" and name not in named]
+    pairs += [("everything", name, "ours") for name in arms if name not in ("ours", SMALL_PACKS, *named)]
     return [
         Gain(
             what, slow, fast, measured[f"{slow} / {fast}"], arms[slow]["flops"]["total"] / arms[fast]["flops"]["total"]
@@ -88,7 +96,7 @@ def lines(cases: Sequence[Mapping[str, Any]]) -> list[Line]:
     found = list(_speeds(cases))
     for shape in dict.fromkeys(case["shape"] for case in cases):
         own = [case for case in cases if case["shape"] == shape]
-        for ours, peer in (("ours", "trl tuned"), ("ours", "trl default"), ("checkpointing", "trl default")):
+        for ours, peer in MEMORY:
             shares = [
                 (case["arms"][ours]["peak_bytes"] / case["arms"][peer]["peak_bytes"], case["case"])
                 for case in own

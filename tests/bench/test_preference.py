@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from align.methods.dpo import DPO
 from bench import arms, gate, preference
-from bench.arms import forget, our_arms, plain_rows
+from bench.arms import forget, our_arms, plain_rows, small_packs
 from bench.peers import peers
 from bench.verdict import lines
 from bench.worlds import CASES, SHAPES, World, build_base
@@ -151,6 +151,17 @@ def test_the_settings_of_the_peers(small_base) -> None:
     assert tuned.trainer.precompute_ref_logps
     assert [batch["input_ids"].shape[0] for batch in tuned.batches] == [4, 4]
     assert tuned.batches[0]["input_ids"].shape[1] > tuned.batches[1]["input_ids"].shape[1]  # like lengths together
+
+
+def test_small_packs_hold_as_many_pairs_as_a_peer(small_base) -> None:
+    own = world(small_base, "reward-512-128")
+    (ours,) = our_arms(own, ablations=False)
+    few = small_packs(own, ours, 2)
+    assert [len(group) for group in ours.groups] == [4]
+    assert [len(group) for group in few.groups] == [2, 2]
+    whole, halves = (gate.measured(arm, CPU) for arm in (ours, few))
+    assert gate.Distance.of(halves, whole).equal
+    assert halves.peak < whole.peak
 
 
 def test_cases_are_the_same_in_every_run() -> None:
