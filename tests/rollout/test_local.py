@@ -124,8 +124,8 @@ def test_mode_is_restored_and_checkpointing_does_not_matter(tokenizer, prompts) 
 
 
 def test_too_long_a_prompt_is_told(roles: RoleModel, tokenizer) -> None:
-    with pytest.raises(RecipeError, match="500 tokens and 24 new ones do not fit") as caught:
-        generate(roles, "policy", [[5] * 500], settings(), tokenizer)
+    with pytest.raises(RecipeError, match="1010 tokens and 24 new ones do not fit") as caught:
+        generate(roles, "policy", [[5] * 1010], settings(), tokenizer)
     assert "at most 12" in caught.value.fix
 
 
