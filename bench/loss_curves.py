@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -51,7 +53,14 @@ stages:
       pack_tokens: 1024
   sft: {kind: sft, data: demonstrations, train: {<<: *train, seed: 1}}
   dpo: {kind: dpo, policy: parent, reference: parent, data: preferences, beta: 0.1, train: *train}
-  kto: {kind: kto, policy: parent, reference: parent, data: labels, beta: 0.1, desirable_weight: 1.2, train: *train}
+  kto:
+    kind: kto
+    policy: parent
+    reference: parent
+    data: labels
+    beta: 0.1
+    desirable_weight: 1.2
+    train: {<<: *train, learning_rate: 2e-3}
   reward: {kind: reward, policy: parent, data: preferences, centring: 0.01, train: *train}
 """
 FULL = (
@@ -113,6 +122,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS)
     chosen, console, failed = parser.parse_args(), Console(), []
+    os.environ["OMP_NUM_THREADS"] = "1"  # a model this small is not faster on more, and much slower beside others
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         recipe, home = Path(folder) / "recipe.yaml", Path(folder) / "home"
         recipe.write_text(RECIPE)

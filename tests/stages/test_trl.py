@@ -72,7 +72,7 @@ def test_sft_gives_the_same_losses(world: Path, model: tuple[str, ...]) -> None:
 
 def test_sft_in_bf16_stays_within_its_noise(world: Path) -> None:
     (ours, _), (peers, _) = pair(world, "sft", *short("sft"), *BF16)
-    assert largest(ours.of(), peers.of()) < 2e-2
+    assert largest(ours.of(), peers.of()) < 5e-3
 
 
 @MODELS
