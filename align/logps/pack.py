@@ -75,9 +75,10 @@ class Pack:
         return self._sums(values, slice(self.completions, self.completions + len(self.examples)))
 
     def _sums(self, values: Tensor, owners: slice) -> Logps:
-        zeros = torch.zeros(self.completions + len(self.examples), dtype=torch.float32, device=values.device)
-        total = zeros.index_add(0, self.owner, values.float())
-        length = zeros.index_add(0, self.owner, torch.ones_like(values, dtype=torch.float32))
+        # index_add adds one token after the other: over a thousand of them, fp32 drifts by more than a forward pass.
+        zeros = torch.zeros(self.completions + len(self.examples), dtype=torch.float64, device=values.device)
+        total = zeros.index_add(0, self.owner, values.double()).float()
+        length = zeros.index_add(0, self.owner, torch.ones_like(values, dtype=torch.float64)).float()
         return Logps(total[owners], length[owners])
 
 

@@ -122,3 +122,11 @@ def test_masks_live_no_longer_than_their_pack():
     blocks = [block for bundle in packs[0].segments.bundles for block in bundle.blocks]
     held += sum(t.numel() for block in blocks for t in vars(block).values() if isinstance(t, torch.Tensor))
     assert held < 10 * packs[0].tokens
+
+
+def test_sums_over_long_completions_do_not_drift():
+    examples = examples_of([(4, (4000, 3000))])
+    (pack,) = pack_examples(examples, 10_000)
+    values = -torch.rand(len(pack.targets), generator=torch.Generator().manual_seed(0)) * 9
+    exact = [values[pack.owner == c].double().sum().item() for c in range(2)]
+    assert pack.sum_by_completion(values).total.tolist() == pytest.approx(exact, rel=1e-7)

@@ -126,7 +126,7 @@ def test_mode_is_restored_and_checkpointing_does_not_matter(tokenizer, prompts) 
 def test_too_long_a_prompt_is_told(roles: RoleModel, tokenizer) -> None:
     with pytest.raises(RecipeError, match="1010 tokens and 24 new ones do not fit") as caught:
         generate(roles, "policy", [[5] * 1010], settings(), tokenizer)
-    assert "at most 12" in caught.value.fix
+    assert "at most 14" in caught.value.fix
 
 
 def test_no_prompts_no_completions(roles: RoleModel, tokenizer) -> None:
