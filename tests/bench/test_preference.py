@@ -37,11 +37,15 @@ def world(base, case: str = "dpo-lognormal", **changes) -> World:
     return World(replace(SHAPES["small"].quick(), **changes), CASES[case], CPU, base)
 
 
+SOMETIMES = {"small packs"}
+"""Arms that are there where the fastest batch of TRL's that a search found is smaller than ours: a matter of timing."""
+
+
 def test_a_run_tells_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, record = run(tmp_path, "--shape", "small", "--case", "dpo-lognormal", "--case", "rrhf-k4-r4")
     assert code == 0
     dpo, rrhf = record["cases"]
-    assert set(dpo["arms"]) == {"trl default", "trl tuned", "ours", "flat", "rows", "rows, mask", "head twice",
+    assert set(dpo["arms"]) - SOMETIMES == {"trl default", "trl tuned", "ours", "flat", "rows", "rows, mask", "head twice",
                                 "every position", "live reference", "checkpointing"}  # fmt: skip
     assert {"ours", "plain rows", "flat"} <= set(rrhf["arms"])
     for case in (dpo, rrhf):
@@ -63,7 +67,7 @@ def test_a_quantised_shape_passes_both_gates(tmp_path: Path, case: str) -> None:
     code, record = run(tmp_path, "--shape", "qwen-0.5b", "--case", case, "--ablations", "none")
     assert code == 0, record["cases"][0]["failures"]
     assert set(record["cases"][0]["gate"]) == {"fp32", "bf16"}
-    assert set(record["cases"][0]["arms"]) == {"trl default", "trl tuned", "ours"}
+    assert set(record["cases"][0]["arms"]) - SOMETIMES == {"trl default", "trl tuned", "ours"}
 
 
 def test_the_gate_alone(tmp_path: Path) -> None:
