@@ -22,6 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from align.logps.precision import computed_in
 from align.logps.segments import Block, Layout, Segments
 
 logger = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ def attention(
     unknown = [name for name in UNKNOWN if kwargs.get(name) is not None]
     if unknown:
         raise ValueError(f"attention with {', '.join(unknown)} cannot be computed over segments")
-    dtype = _computed_in(query)
+    dtype = computed_in(query.device, query.dtype)  # rotary positions leave queries and keys in fp32 under autocast
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if kernel_of(query.device.type, dtype) == "ragged":
         return _ragged(query[0], key[0], value[0], segments, scaling)[None], None
@@ -79,12 +80,6 @@ def kernel_of(device: str, dtype: torch.dtype) -> str:
     """The kernel for a device and a dtype: `blocks` or `ragged`."""
     half = dtype in (torch.float16, torch.bfloat16)
     return "ragged" if device == "cuda" and half and ragged_works(dtype) else "blocks"
-
-
-def _computed_in(tensor: Tensor) -> torch.dtype:
-    """Under autocast, rotary positions leave queries and keys in fp32 beside values in half precision."""
-    kind = tensor.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
 
 
 def _varlen() -> Any:

@@ -16,6 +16,7 @@ from align.data.chat import Completion, Example
 from align.logps.attention import NAME, register
 from align.logps.head import hidden_states
 from align.logps.pack import Packing, pack_examples
+from align.logps.precision import computed_in
 
 logger = logging.getLogger(__name__)
 
@@ -79,16 +80,10 @@ def _prove(causal_lm: Any) -> str | None:
     # Against what tells tokens apart: a direction that all states share would hide a difference.
     scale = (expected - expected.mean(0)).norm(dim=-1).mean().clamp(min=1e-6)
     difference = float((found - expected).norm(dim=-1).max() / scale)
-    if difference <= TOLERANCE[_computed_in(causal_lm)]:
+    if difference <= TOLERANCE[computed_in(device, body.dtype)]:
         return None
     body.set_attn_implementation(before)
     return f"a shared prompt changes its hidden states by {difference:.2g}"
-
-
-def _computed_in(causal_lm: Any) -> torch.dtype:
-    kind = next(causal_lm.parameters()).device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else causal_lm.model.dtype
-    return dtype if dtype in TOLERANCE else torch.float32
 
 
 def _example(prompt: int, lengths: tuple[int, ...], vocabulary: int) -> Example:

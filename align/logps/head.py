@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from align.errors import TrainingError
 from align.logps.pack import Pack
+from align.logps.precision import computed_in
 
 TILE_ELEMENTS = 2**22
 """Most logits (tokens x vocabulary) that exist at once: 16 MiB in fp32, which a CPU's caches hold."""
@@ -106,8 +107,7 @@ class _FrozenHead(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, tile: int) -> Tensor:
-        dtype = torch.get_autocast_dtype(states.device.type) if torch.is_autocast_enabled(states.device.type) else None
-        weight = weight.to(dtype or weight.dtype)
+        weight = weight.to(computed_in(states.device, weight.dtype))
         values = states.new_empty(len(states), dtype=torch.float32)
         slopes = torch.empty_like(states)
         for start in range(0, len(states), tile):

@@ -60,6 +60,8 @@ class Fingerprints:
             extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
             if name in without or extra.get("cosmetic"):
                 continue
+            if extra.get("added") and getattr(settings, name) == info.default:
+                continue
             value = self._plain(getattr(settings, name), annotation_of(info), (*loc, name))
             plain[name] = sorted(value) if extra.get("unordered") and isinstance(value, list) else value
         return plain

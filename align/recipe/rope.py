@@ -39,8 +39,7 @@ def rope_of(config: dict[str, Any]) -> Rope | None:
         >>> rope_of({"max_position_embeddings": 64, "rope_scaling": {"type": "dynamic", "factor": 2.0}})
         Rope(kind='dynamic', positions=64)
     """
-    text = found if isinstance(found := config.get("text_config"), dict) else config
-    return min(_found(text), key=lambda rope: rope.positions, default=None)
+    return min(_found(text_config(config)), key=lambda rope: rope.positions, default=None)
 
 
 def check_rope(config: Any, max_tokens: int) -> None:
@@ -58,11 +57,20 @@ def check_rope(config: Any, max_tokens: int) -> None:
         raise rope.refusal(max_tokens, "the model", "train.max_tokens")
 
 
-def _found(text: dict[str, Any]) -> Iterator[Rope]:
+def text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a configuration that is of the language model."""
+    text = config.get("text_config")
+    return text if isinstance(text, dict) else config
+
+
+def rope_parameters(text: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a configuration says of rotary positions, of all layers or of each type of layer."""
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    for each in (rope, *rope.values()) if isinstance(rope, dict) else ():  # of all layers, or of each type of layer
-        if not isinstance(each, dict):
-            continue
+    return [each for each in (rope, *rope.values()) if isinstance(each, dict)] if isinstance(rope, dict) else []
+
+
+def _found(text: dict[str, Any]) -> Iterator[Rope]:
+    for each in rope_parameters(text):
         kind, longest = each.get("rope_type") or each.get("type"), text.get("max_position_embeddings")
         if kind == "su" or (kind == "yarn" and "long_factor" in each):  # names that Phi-3 had for it
             kind = "longrope"

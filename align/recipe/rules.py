@@ -6,11 +6,9 @@ ZeRO-1, 2 and 3, give on two ranks the losses and weights of one process. With i
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import reduce
-from pathlib import Path
 from typing import Any
 
 from align.errors import RecipeError
@@ -22,7 +20,7 @@ from align.recipe.lineage import model_loc
 from align.recipe.load import LoadedRecipe
 from align.recipe.origins import Loc
 from align.recipe.rope import Rope, rope_of
-from align.recipe.sizes import positions_of_folder
+from align.recipe.sizes import config_of_folder, positions_of
 from align.recipe.sources import base_folder
 from align.recipe.validate import combine
 from align.spec.data import records_of
@@ -361,12 +359,5 @@ def _positions(node: Node, graph: Graph) -> _Made | None:
     folder = base_folder(node.model.base, graph.loaded.folder)
     if folder is None:
         return None
-    return _Made(node.model.base, positions_of_folder(folder), rope=_rope_of_folder(folder))
-
-
-def _rope_of_folder(folder: Path) -> Rope | None:
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return rope_of(config) if isinstance(config, dict) else None
+    config = config_of_folder(folder)
+    return _Made(node.model.base, positions_of(config), rope=rope_of(config))

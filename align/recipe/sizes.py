@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from align.recipe.rope import rope_parameters, text_config
 from align.spec.model import Architecture, LoraSettings, ModelSettings
 
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
@@ -116,14 +117,14 @@ def size_of_folder(folder: Path) -> ModelSize | None:
 
     A folder that was saved in quantised form does not: its tensors are packed.
     """
+    config = config_of_folder(folder)
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         shapes = {name: shape for path in _weight_files(folder) for name, shape in _header(path).items()}
     except (OSError, ValueError):
         return None
-    if not shapes or not isinstance(config, dict) or "quantization_config" in config:
+    if not shapes or not config or "quantization_config" in config:
         return None
-    text = config.get("text_config") or config
+    text = text_config(config)
     linears, others = {}, 0
     for name, shape in shapes.items():
         if len(shape) == 2 and name.endswith(".weight") and not NOT_LINEAR.search(name):
@@ -140,28 +141,28 @@ def size_of_folder(folder: Path) -> ModelSize | None:
         hidden=int(text.get("hidden_size") or embedding[1]),
         layers=len(blocks),
         vocabulary=int(text.get("vocab_size") or embedding[0]),
-        positions=_positions(config),
+        positions=positions_of(config),
     )
 
 
-def positions_of_folder(folder: Path) -> int | None:
-    """Longest sequence that a saved model was made for, from its configuration; None if that does not tell."""
+def config_of_folder(folder: Path) -> dict[str, Any]:
+    """The configuration of a saved model; empty if there is none that can be read."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None
-    return _positions(config) if isinstance(config, dict) else None
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
-def _positions(config: dict[str, Any]) -> int | None:
-    text = found if isinstance(found := config.get("text_config"), dict) else config
+def positions_of(config: dict[str, Any]) -> int | None:
+    """Longest sequence that a model was made for; None if its configuration does not tell."""
+    text = text_config(config)
     positions = text.get("max_position_embeddings") or text.get("n_positions")
     if not isinstance(positions, int):
         return None
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
     longest = positions
-    for each in (rope, *rope.values()) if isinstance(rope, dict) else ():  # of all layers, or of each type of layer
-        factor = each.get("factor") if isinstance(each, dict) else None
+    for each in rope_parameters(text):
+        factor = each.get("factor")
         if isinstance(factor, int | float):
             longest = max(longest, int(factor * (each.get("original_max_position_embeddings") or positions)))
     return longest

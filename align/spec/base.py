@@ -51,6 +51,11 @@ def cosmetic(default: Any = ..., **constraints: Any) -> Any:
     return Field(default, json_schema_extra={"cosmetic": True}, **constraints)
 
 
+def added(default: Any) -> Any:
+    """A field that came later: at its default it is left out of the fingerprint, so that older results are found."""
+    return Field(default, json_schema_extra={"added": True})
+
+
 def unordered(default: Any = ..., **constraints: Any) -> Any:
     """A list whose order means nothing, so that the fingerprint does not depend on it."""
     return Field(default, json_schema_extra={"unordered": True}, **constraints)

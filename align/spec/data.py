@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Union
 
-from pydantic import AfterValidator, Discriminator, Field, NonNegativeInt, PositiveInt, Tag
+from pydantic import Discriminator, Field, NonNegativeInt, PositiveInt, Tag
 
-from align.spec.base import Registered, Settings, Unread, cosmetic
+from align.spec.base import Registered, Settings, Unread, added, cosmetic
 
 FILE_KINDS = {
     ".json": "json",
@@ -152,7 +152,7 @@ class DataSettings(Settings):
     """Rows of the source to read at most, after `skip`."""
     system: str | None = None
     """A system message put before every conversation that has none."""
-    convert: Conversion | None = cosmetic(None)
+    convert: Conversion | None = added(None)
     """What its records are made into: pairs of candidates (`all_pairs`, `best_worst`, `adjacent_pairs`), single
     completions (`unpaired`: the chosen one is desirable, the rejected one is not), or a conversation with the `best`.
     """
@@ -189,41 +189,6 @@ class GeneratedData(DataSettings):
     """Settings of the generator itself; it rejects what it does not know."""
 
 
-class ConvertedFile(FileData):
-    """A file whose records are converted."""
-
-    convert: Conversion
-
-
-class ConvertedHub(HubData):
-    """A data set of the Hub whose records are converted."""
-
-    convert: Conversion
-
-
-class ConvertedRows(GeneratedData):
-    """Generated rows whose records are converted."""
-
-    convert: Conversion
-
-
-CONVERTED: dict[type[DataSettings], type[DataSettings]] = {
-    FileData: ConvertedFile,
-    HubData: ConvertedHub,
-    GeneratedData: ConvertedRows,
-}
-
-
-def _with_conversion(source: Any) -> Any:
-    """An entry that converts, as the class in which `convert` is no cosmetic field and so counts in fingerprints.
-
-    An entry that does not keeps the fingerprint that it had before there were conversions.
-    """
-    if source.convert is None or type(source) not in CONVERTED:
-        return source
-    return CONVERTED[type(source)].model_validate(source.model_dump(exclude_unset=True))
-
-
 def records_of(source: DataSettings) -> str:
     """The record type that an entry holds, after its conversion."""
     return RECORDS_OF_FORMAT[source.format] if source.convert is None else RECORDS_OF_CONVERSION[source.convert][1]
@@ -246,6 +211,5 @@ DataSource = Annotated[
         Annotated[GeneratedData, Tag("generator")],
     ],
     Discriminator(_source),
-    AfterValidator(_with_conversion),
 ]
 """One entry of `data`: told apart by its key `path`, `hub` or `generator`."""

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -120,40 +120,50 @@ def _draw(
     return list(zip(chosen, completions, strict=True))
 
 
-class Finished(Protocol):
-    """What `judge` has to know of a trainer that is done."""
+@dataclass(frozen=True)
+class Finished:
+    """A reward model that has been trained.
 
-    model: Any
-    model_wrapped: Any
-    state: Any
+    Attributes:
+        roles: The model.
+        wrapped: The same as the launcher wrapped it.
+        step: The role, and how its sequences are packed.
+        steps: How many there were.
+        examples: What it was trained on.
+        validation: What was held out.
+        state: The tensors that the stage ends with.
+    """
+
+    roles: RoleModel
+    wrapped: Any
     step: Step
+    steps: int
     examples: Sequence[Example]
     validation: Sequence[Example]
-    final_state: dict[str, Tensor]
+    state: dict[str, Tensor]
 
 
-def judge(trainer: Finished, settings: Reward, samples: Sequence[Example], report: Any) -> Judgement:
+def judge(finished: Finished, settings: Reward, samples: Sequence[Example], report: Any) -> Judgement:
     """Evaluate the weights that the stage ends with, and find their scale; all ranks together, after `fit`.
 
     Args:
-        trainer: Knows the model, the training examples and those that were held out. Its model has the final weights
-            afterwards.
+        finished: The model, which has its final weights afterwards, and its examples.
         settings: Of the stage.
         samples: What `draw_samples` gave.
         report: Told what is being done.
     """
-    total, held_out = trainer.state.max_steps, list(trainer.validation)
+    total, held_out = finished.steps, list(finished.validation)
     if settings.train.validation and settings.train.validation.keep == "best":
-        put_trainable(trainer.model, trainer.final_state)
+        put_trainable(finished.roles, finished.state)
 
     def rewards(examples: Sequence[Example], what: str) -> list[tuple[float, ...]]:
         report(total, total, f"rewards of {len(examples)} {what}")
-        pack_tokens, packing = settings.train.pack_tokens, trainer.step.packing
-        return completion_rewards(trainer.model_wrapped, trainer.step.role, examples, pack_tokens, packing)
+        pack_tokens, packing = settings.train.pack_tokens, finished.step.packing
+        return completion_rewards(finished.wrapped, finished.step.role, examples, pack_tokens, packing)
 
-    trained = rewards(trainer.examples, "training examples") if settings.normalise == "data" or not held_out else []
+    trained = rewards(finished.examples, "training examples") if settings.normalise == "data" or not held_out else []
     measured = rewards(held_out, "held-out examples") if held_out else trained
-    evaluation = evaluate_rewards(_judged(held_out or trainer.examples, measured))
+    evaluation = evaluate_rewards(_judged(held_out or finished.examples, measured))
     reference = {"data": trained, "samples": rewards(samples, "samples") if samples else [], "none": []}
     scale = _normalization([r for row in reference[settings.normalise] for r in row], settings)
     return Judgement({"on": "held-out" if held_out else "training"} | evaluation, scale)

@@ -31,7 +31,7 @@ from align.spec.stages import PolicyStage, TrainedStage, engine_of
 from align.stages import start
 from align.stages.finish import publish_policy
 from align.stages.reference import find_references, read_second_copy
-from align.stages.reward import draw_samples, judge
+from align.stages.reward import Finished, draw_samples, judge
 from align.training import collectives
 from align.training.arguments import deepspeed_config, training_arguments
 from align.training.distributed import process_group
@@ -146,7 +146,11 @@ def _train(job: Job, settings: TrainedStage, store: Store, material: Material, r
     )
     try:
         trainer.fit()
-        judgement = judge(trainer, settings, samples, report) if isinstance(settings, Reward) else None
+        judgement = None
+        if isinstance(settings, Reward):
+            steps, sets = schedule.total_steps, (examples, material.validation)
+            done = Finished(opened.roles, trainer.model_wrapped, trainer.step, steps, *sets, trainer.final_state)
+            judgement = judge(done, settings, samples, report)
         if collectives.rank() == 0:
             publish_policy(
                 job,

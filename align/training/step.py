@@ -96,9 +96,9 @@ class Step:
     def weights(self, examples: Sequence[Example], packs: Iterable[Pack]) -> dict[str, float]:
         """Total weight of each term over these packs; no model is run."""
         totals = Totals()
+        references = [[0.0] * len(e.completions) for e in examples] if self.method.reference else None
         for pack in packs:
             zeros = torch.zeros(len(pack.targets) if self._reads_logps else pack.completions)
-            references = [[0.0] * len(e.completions) for e in examples] if self.method.reference else None
             totals.add(self._apply(zeros, pack, examples, references, _Zeros()).terms)
         return {name: weight for name, (_, weight) in totals.numbers().items()}
 

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from align.artifacts.store import Store
 from align.data import DataReport, Example
@@ -22,23 +19,10 @@ from align.stages.finish import publish_policy
 from align.stages.peer.feed import refuse
 from align.stages.peer.policy import PeerPolicy
 from align.stages.peer.trainer import Watch, import_trl, make_trainer
-from align.stages.reward import draw_samples, judge
+from align.stages.reward import Finished, draw_samples, judge
 from align.training.metrics import MetricsFile
 from align.training.schedule import Schedule
 from align.training.step import Step
-
-
-@dataclass
-class Done:
-    """A finished reward model in the words of align's trainer, for who judges it."""
-
-    model: Any
-    model_wrapped: Any
-    state: Any
-    step: Step
-    examples: Sequence[Example]
-    validation: Sequence[Example]
-    final_state: dict[str, Tensor]
 
 
 def train_with_trl(
@@ -96,8 +80,8 @@ def train_with_trl(
     judgement = None
     if isinstance(settings, Reward):
         step = Step(get_method(job.kind), settings, settings.train.pack_tokens)
-        done = Done(roles, roles, trainer.state, step, *examples, state)
-        judgement = judge(done, settings, samples, report)
+        finished = Finished(roles, roles, step, schedule.total_steps, *examples, state)
+        judgement = judge(finished, settings, samples, report)
     assert job.model is not None
     origin = begin if policy.initial else start.itself(job)
     publish_policy(
