@@ -254,3 +254,14 @@ def test_it_goes_on_from_somebody_elses_reward_model(workshop: Workshop, tmp_pat
     np.testing.assert_allclose(ours, transformers_scores(peft, peft.config.pad_token_id or 1, trained[:5]), atol=1e-4)
     with pytest.raises(RecipeError, match="is a reward model: it writes nothing"):
         workshop(model, normalise="samples")
+
+
+def test_the_scale_of_the_vectors() -> None:
+    """Gain and bias of arXiv:1909.08593 on known rewards."""
+    vectors = json.loads((Path(__file__).parents[1] / "methods" / "vectors.json").read_text())
+    raw, expected = (vectors["reward_normalisation"][part] for part in ("inputs", "expected"))
+    scale = reward_stage._normalization(raw["raw_rewards"], Reward(data="pairs"))
+    assert 1 / scale.std == pytest.approx(expected["gain"], abs=1.5e-6)
+    assert -scale.mean / scale.std == pytest.approx(expected["bias"], abs=1.5e-6)
+    scaled = [(r - scale.mean) / scale.std for r in raw["raw_rewards"]]
+    assert scaled == pytest.approx(expected["normalised"], abs=1.5e-6)
