@@ -81,7 +81,7 @@ def method(
     """
 
     def register(loss: Callable[[Any, Any], LossOutput]) -> Callable[[Any, Any], LossOutput]:
-        for message, fix in _complaints(config, batch, needs, reference):
+        for message, fix in _complaints(config, batch, needs, reference, statistic is not None):
             raise LaunchError(message, where=_place(loss), fix=fix)
         kind = config.model_fields["kind"].default
         if kind in _REGISTRY and _place(_REGISTRY[kind].loss) != _place(loss):
@@ -100,7 +100,7 @@ def _place(loss: Callable[..., Any]) -> str:
 
 
 def _complaints(
-    config: type[TrainedStage], batch: Batch, needs: set[Needs], reference: bool
+    config: type[TrainedStage], batch: Batch, needs: set[Needs], reference: bool, statistic: bool
 ) -> Iterator[tuple[str, str]]:
     """Where a declaration does not fit its settings class, and what to do."""
     name, fields = config.__name__, config.model_fields
@@ -120,6 +120,12 @@ def _complaints(
     if Needs.PROMPT_LOGPS in needs and "loss_on" not in fields:
         fix = 'add `loss_on: Literal["completion", "all"] = "completion"`, or leave PROMPT_LOGPS out'
         yield f"Needs.PROMPT_LOGPS is read under `loss_on: all`, and {name} has no field `loss_on`", fix
+    if Needs.PROMPT_LOGPS in needs and batch is not Batch.PAIRED:
+        fix = "leave it out; with batch=Batch.TOKENS, `loss_on: all` trains whole sequences anyway"
+        yield f"Needs.PROMPT_LOGPS comes with batch=Batch.PAIRED only, not with {batch.name}", fix
+    if statistic and batch is not Batch.UNPAIRED:
+        fix = "leave it out, or take UNPAIRED: its rows carry another prompt's completion for it"
+        yield f"a `statistic` comes with batch=Batch.UNPAIRED only, not with {batch.name}", fix
     if Needs.REWARDS in needs and batch is not Batch.RANKED:
         fix = "write batch=Batch.RANKED (a pair is a list of two), or needs={Needs.LOGPS}"
         yield f"Needs.REWARDS comes with batch=Batch.RANKED only, not with {batch.name}", fix

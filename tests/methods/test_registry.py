@@ -65,6 +65,11 @@ class Prompted(PairedStage):
     loss_on: Literal["completion", "all"] = "completion"
 
 
+class Whole(TokensStage):
+    kind: Literal["mine"] = "mine"
+    loss_on: Literal["completion", "all"] = "completion"
+
+
 class NoKind(PairedStage):
     beta: float = 1.0
 
@@ -97,8 +102,20 @@ def other_loss(logps: Any, config: Any) -> LossOutput:
     raise NotImplementedError
 
 
-def register(config: Any, batch: Batch, *needs: Needs, reference: bool = False, loss: Callable[..., Any] = loss) -> Any:
-    return method(config, batch=batch, needs=set(needs or [Needs.LOGPS]), reference=reference, source="x")(loss)
+def statistic(logps: Any, config: Any) -> dict[str, Term]:
+    raise NotImplementedError
+
+
+def register(
+    config: Any,
+    batch: Batch,
+    *needs: Needs,
+    reference: bool = False,
+    loss: Callable[..., Any] = loss,
+    statistic: Callable[..., Any] | None = None,
+) -> Any:
+    asked = {"needs": set(needs or [Needs.LOGPS]), "reference": reference, "statistic": statistic}
+    return method(config, batch=batch, source="x", **asked)(loss)
 
 
 @pytest.mark.parametrize(
@@ -142,6 +159,13 @@ def test_what_fits_is_registered(
         (Against, Batch.PAIRED, (), False, "reference=False, but Against has a field `reference`"),
         (Paired, Batch.PAIRED, (Needs.LOGPS, Needs.PROMPT_LOGPS), False, "Paired has no field `loss_on`"),
         (Paired, Batch.PAIRED, (Needs.REWARDS,), False, "Needs.REWARDS comes with batch=Batch.RANKED only"),
+        (
+            Whole,
+            Batch.TOKENS,
+            (Needs.LOGPS, Needs.PROMPT_LOGPS),
+            False,
+            "PROMPT_LOGPS comes with batch=Batch.PAIRED only, not with TOKENS",
+        ),
         (Prompted, Batch.PAIRED, (Needs.PROMPT_LOGPS,), False, "`needs` has neither LOGPS nor REWARDS"),
     ],
 )
@@ -152,6 +176,16 @@ def test_what_does_not_fit_is_refused(
         register(config, batch, *needs, reference=reference)
     assert told in str(caught.value)
     assert "mine" not in registry
+
+
+@pytest.mark.parametrize("config", [Paired, Ranked, Tokens])
+def test_a_statistic_needs_rows_that_carry_another_prompts_completion(registry: dict[str, Any], config: Any) -> None:
+    batch = Batch[config.__name__.upper()]
+    with pytest.raises(LaunchError, match=f"`statistic` comes with batch=Batch.UNPAIRED only, not with {batch.name}"):
+        register(config, batch, statistic=statistic)
+    assert "mine" not in registry
+    register(Unpaired, Batch.UNPAIRED, statistic=statistic)
+    assert registry["mine"].statistic is statistic
 
 
 def test_two_losses_of_one_kind_are_refused_and_the_same_one_again_is_not() -> None:
