@@ -30,6 +30,8 @@ class Batch(StrEnum):
     """One prompt, one completion and whether it is desirable; beside it another prompt's completion."""
     RANKED = "ranked"
     """One prompt and k >= 2 candidates with scores, maybe a target to stay close to."""
+    ROLLOUT = "rollout"
+    """One prompt and k completions that the policy itself has drawn, with what was found out about them since."""
 
 
 class Needs(StrEnum):
@@ -41,6 +43,10 @@ class Needs(StrEnum):
     """Those of the prompt's own tokens besides, where the settings say `loss_on: all`."""
     REWARDS = "rewards"
     """One number per completion, from a scalar head on the state of its last token."""
+    TOKEN_LOGPS = "token_logps"
+    """Log-probabilities of the trained tokens one by one, at the temperature that they were drawn with."""
+    VALUES = "values"
+    """One number per trained token, from the critic's scalar head on the state that the token was drawn from."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +157,102 @@ class RankedRewards:
     prompt: Tensor
     weight: Tensor
     margin: Tensor
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What the policy drew and what came of it, over the whole rollout and all ranks: what advantages are made from.
+
+    Tokens stand one after the other, completion after completion, prompt after prompt. Everything is on the CPU.
+
+    Attributes:
+        scores: [C] what each completion is worth, fp32.
+        prompt: [C] which of the prompts each completion answers, ascending.
+        length: [C] tokens of each completion, its EOS included.
+        kept: [C] whether each completion takes part in the loss.
+        logps: [N] log-probability of each token under the policy that drew it; None unless somebody asks for them.
+        reference: [N] the same under the reference; None for a stage without one.
+        values: [N] what the critic said in the state each token was drawn from; None without a critic.
+        beta: KL coefficient of this rollout.
+    """
+
+    scores: Tensor
+    prompt: Tensor
+    length: Tensor
+    kept: Tensor
+    logps: Tensor | None = None
+    reference: Tensor | None = None
+    values: Tensor | None = None
+    beta: float = 0.0
+
+    @property
+    def owner(self) -> Tensor:
+        """[N] the completion of each token."""
+        return torch.repeat_interleave(torch.arange(len(self.length)), self.length)
+
+    @property
+    def last(self) -> Tensor:
+        """[C] index into N of each completion's last token."""
+        return self.length.cumsum(0) - 1
+
+    @property
+    def kept_tokens(self) -> Tensor:
+        """[N] whether each token takes part in the loss."""
+        return self.kept[self.owner]
+
+
+@dataclass(frozen=True)
+class Advantages:
+    """What a method makes of a rollout.
+
+    Attributes:
+        advantages: [N] of every token.
+        returns: [N] what the critic shall learn to say; None for a method without one.
+    """
+
+    advantages: Tensor
+    returns: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class RolloutLogps:
+    """A ROLLOUT batch: the tokens of C completions of B prompts, completion after completion.
+
+    Attributes:
+        policy: [N] log-probabilities under the policy, in nats, with gradient.
+        old: [N] the same under the policy that drew the tokens.
+        advantages: [N] of every token.
+        owner: [N] the completion of each token, ascending.
+        length: [C] tokens of each completion.
+        weight: [C] weight of each completion: 0 for one that is left out of the loss.
+        reference: [N] log-probabilities under the reference; None for a stage without one.
+        entropy: [N] of the policy's distribution in the state each token was drawn from, in nats; with gradient where
+            the settings have an `entropy_weight`.
+        values: [N] what the critic says, with gradient; None for a method without one.
+        old_values: [N] what it said when the tokens were drawn.
+        returns: [N] what it should have said.
+    """
+
+    policy: Tensor
+    old: Tensor
+    advantages: Tensor
+    owner: Tensor
+    length: Tensor
+    weight: Tensor
+    reference: Tensor | None = None
+    entropy: Tensor | None = None
+    values: Tensor | None = None
+    old_values: Tensor | None = None
+    returns: Tensor | None = None
+
+    @property
+    def token_weight(self) -> Tensor:
+        """[N] the weight of each token's completion."""
+        return self.weight[self.owner]
+
+    def by_completion(self, values: Tensor) -> Tensor:
+        """[C] sums of `values` [N]."""
+        return torch.zeros_like(self.weight).index_add(0, self.owner, values)
 
 
 @dataclass(frozen=True)

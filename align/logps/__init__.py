@@ -1,6 +1,6 @@
 """Everything that turns records into log-probabilities."""
 
-from align.logps.head import check_head, last_rewards, token_logps
+from align.logps.head import check_head, last_rewards, token_logps, token_logps_and_entropy, token_values
 from align.logps.pack import Pack, Packing, empty_pack, pack_examples
 from align.logps.score import completion_logps
 
@@ -13,4 +13,6 @@ __all__ = [
     "last_rewards",
     "pack_examples",
     "token_logps",
+    "token_logps_and_entropy",
+    "token_values",
 ]

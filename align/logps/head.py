@@ -9,7 +9,8 @@ tile's logits again in the backward pass. Shape letters: N trained tokens, H hid
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,14 +27,55 @@ TILE_ELEMENTS_CUDA = 2**26
 """The same on a GPU, which reads the whole head once per tile: 256 MiB."""
 
 
-def token_logps(causal_lm: Any, pack: Pack) -> Tensor:
+def token_logps(causal_lm: Any, pack: Pack, temperature: float = 1.0) -> Tensor:
     """[N] log-probabilities of the trained tokens of a pack, in nats, fp32."""
+    return _scored(causal_lm, pack, _Reading(temperature))[0]
+
+
+def token_logps_and_entropy(
+    causal_lm: Any, pack: Pack, temperature: float = 1.0, *, bonus: bool = False
+) -> tuple[Tensor, Tensor]:
+    """[N] log-probabilities of the trained tokens, and the entropy of the distributions they are of, in nats, fp32.
+
+    Args:
+        causal_lm: The model as a role sees it.
+        pack: The tokens.
+        temperature: What logits are divided by.
+        bonus: Whether the entropy has a gradient.
+    """
+    return _scored(causal_lm, pack, _Reading(temperature, "bonus" if bonus else "metric"))
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """What is read off the logits: at which temperature, and whether with the entropy, and that with gradient."""
+
+    temperature: float = 1.0
+    entropy: Literal["none", "metric", "bonus"] = "none"
+
+
+def _scored(causal_lm: Any, pack: Pack, reading: _Reading) -> tuple[Tensor, Tensor]:
     hidden = hidden_states(causal_lm, pack)
     if pack.targets.numel() == 0:
         # Touch body and head, so that every trained parameter takes part in the backward pass of every rank.
-        return causal_lm.lm_head(hidden[:1]).float().sum(-1)[:0]
-    states = hidden.index_select(0, pack.positions)
-    return _through_head(causal_lm.lm_head, states, pack.targets, causal_lm.config.get_text_config().vocab_size)
+        none = causal_lm.lm_head(hidden[:1]).float().sum(-1)[:0]
+        return none, none
+    states, vocabulary = hidden.index_select(0, pack.positions), causal_lm.config.get_text_config().vocab_size
+    return _through_head(causal_lm.lm_head, states, pack.targets, vocabulary, reading)
+
+
+def token_values(causal_lm: Any, pack: Pack, head: Any) -> Tensor:
+    """[N] values, fp32: the scalar head on the state that each trained token is predicted from.
+
+    Args:
+        causal_lm: The base with the role's adapter active.
+        pack: The tokens.
+        head: [1, H] linear layer in fp32.
+    """
+    hidden = hidden_states(causal_lm, pack)
+    if pack.targets.numel() == 0:
+        return head(hidden[:1].float())[:0, 0]
+    return head(hidden.index_select(0, pack.positions).float())[:, 0]
 
 
 def last_rewards(causal_lm: Any, pack: Pack, head: Any) -> Tensor:
@@ -69,7 +111,9 @@ def hidden_states(causal_lm: Any, pack: Pack) -> Tensor:
     return out.last_hidden_state.flatten(0, 1)
 
 
-def _through_head(lm_head: Any, states: Tensor, targets: Tensor, vocabulary: int) -> Tensor:
+def _through_head(
+    lm_head: Any, states: Tensor, targets: Tensor, vocabulary: int, reading: _Reading
+) -> tuple[Tensor, Tensor]:
     """All tiles inside one call of the head.
 
     Every call of a module gathers its weight under ZeRO-3, and ranks have to gather equally often; how many tiles a
@@ -79,13 +123,17 @@ def _through_head(lm_head: Any, states: Tensor, targets: Tensor, vocabulary: int
     own_forward, tile = lm_head.forward, max(1, elements // vocabulary)
     frozen = type(lm_head) is nn.Linear and not any(p.requires_grad for p in lm_head.parameters())
 
-    def tiled(states: Tensor, targets: Tensor) -> Tensor:
+    def tiled(states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         if frozen and torch.is_grad_enabled() and states.requires_grad:
-            return _FrozenHead.apply(states, targets, lm_head.weight, lm_head.bias, tile)
+            values, entropy = _FrozenHead.apply(states, targets, lm_head.weight, lm_head.bias, tile, reading)
+            return values, entropy
         tiles = list(zip(states.split(tile), targets.split(tile), strict=True))
         if len(tiles) == 1 or not torch.is_grad_enabled():
-            return torch.cat([_tile(own_forward, h, y) for h, y in tiles])
-        return torch.cat([checkpoint(_tile, own_forward, h, y, use_reentrant=False) for h, y in tiles])
+            parts = [_tile(own_forward, h, y, reading) for h, y in tiles]
+        else:
+            parts = [checkpoint(_tile, own_forward, h, y, reading, use_reentrant=False) for h, y in tiles]
+        values, entropy = zip(*parts, strict=True)
+        return torch.cat(values), torch.cat(entropy)
 
     replaced = vars(lm_head).get("forward")
     lm_head.forward = tiled
@@ -98,35 +146,74 @@ def _through_head(lm_head: Any, states: Tensor, targets: Tensor, vocabulary: int
             lm_head.forward = replaced
 
 
-def _tile(head: Callable[[Tensor], Tensor], states: Tensor, targets: Tensor) -> Tensor:
-    return -F.cross_entropy(head(states).float(), targets, reduction="none")
+def _tile(
+    head: Callable[[Tensor], Tensor], states: Tensor, targets: Tensor, reading: _Reading
+) -> tuple[Tensor, Tensor]:
+    scores = head(states).float()
+    if reading.temperature != 1.0:
+        scores = scores / reading.temperature
+    logps = -F.cross_entropy(scores, targets, reduction="none")
+    if reading.entropy == "none":
+        return logps, logps.detach()[:0]
+    with torch.set_grad_enabled(torch.is_grad_enabled() and reading.entropy == "bonus"):
+        log_p = scores.log_softmax(-1)
+        return logps, -(log_p.exp() * log_p).sum(-1)
 
 
 class _FrozenHead(torch.autograd.Function):
-    """Log-probabilities through a head without gradient of its own; keeps [N, H] for the backward pass."""
+    """Log-probabilities through a head without gradient of its own; keeps [N, H] for the backward pass.
+
+    So for the entropy H = -sum_v p_v log p_v, whose gradient -sum_v p_v (log p_v + H) W[v] is another [N, H].
+    """
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, tile: int) -> Tensor:
+    def forward(
+        ctx: Any,
+        states: Tensor,
+        targets: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        tile: int,
+        reading: _Reading,
+    ) -> tuple[Tensor, Tensor]:
         weight = weight.to(computed_in(states.device, weight.dtype))
         values = states.new_empty(len(states), dtype=torch.float32)
+        entropy = values.new_empty(len(states) if reading.entropy != "none" else 0)
         slopes = torch.empty_like(states)
+        entropy_slopes = torch.empty_like(states) if reading.entropy == "bonus" else slopes[:0]
         for start in range(0, len(states), tile):
             rows = slice(start, start + tile)
             y = targets[rows, None]
             scores = F.linear(states[rows].to(weight.dtype), weight, bias).float()
+            if reading.temperature != 1.0:
+                scores /= reading.temperature
             normaliser = scores.logsumexp(-1, keepdim=True)
             values[rows] = (scores.gather(1, y) - normaliser)[:, 0]
+            if reading.entropy != "none":
+                log_p = scores - normaliser
+                p = log_p.exp()
+                entropy[rows] = -(p * log_p).sum(-1)
+                if reading.entropy == "bonus":
+                    pull = -p * (log_p + entropy[rows, None]) / reading.temperature
+                    entropy_slopes[rows] = (pull.to(weight.dtype) @ weight).to(states.dtype)
             # onehot - p in fp32 before it is rounded: for a likely token, W[y] - p @ W would cancel to nothing in bf16.
             shares = scores.sub_(normaliser).exp_().neg_()
             shares.scatter_add_(1, y, torch.ones_like(shares[:, :1]))
+            if reading.temperature != 1.0:
+                shares /= reading.temperature
             slopes[rows] = (shares.to(weight.dtype) @ weight).to(states.dtype)
-        ctx.save_for_backward(slopes)
-        return values
+        ctx.save_for_backward(slopes, entropy_slopes)
+        if reading.entropy != "bonus":
+            ctx.mark_non_differentiable(entropy)
+        return values, entropy
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (slopes,) = ctx.saved_tensors
-        return slopes * gradients[0][:, None].to(slopes.dtype), None, None, None, None
+        slopes, entropy_slopes = ctx.saved_tensors
+        found = slopes * gradients[0][:, None].to(slopes.dtype)
+        if len(entropy_slopes):
+            found = found + entropy_slopes * gradients[1][:, None].to(slopes.dtype)
+        return found, None, None, None, None, None
 
 
 def check_head(causal_lm: Any) -> None:

@@ -15,8 +15,9 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal, get_args, get_origin
 
 from align.errors import AlignError, LaunchError
+from align.spec.online import RolloutStage
 from align.spec.stages import CompareStage, PairedStage, RankedStage, TokensStage, TrainedStage, UnpairedStage
-from align.types import Batch, LossOutput, Needs, Term
+from align.types import Advantages, Batch, LossOutput, Needs, Rollout, Term
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Method:
         source: Paper and equation.
         statistic: ``(logps, config) -> {name: Term}``, for a quantity of the whole optimizer step that the loss reads:
             computed without gradient over all packs and ranks first, handed in as ``logps.statistics[name]``.
+        advantages: ``(rollout, config) -> Advantages``, for a method on rollouts: what it makes of the scores, once per
+            rollout.
     """
 
     kind: str
@@ -43,6 +46,7 @@ class Method:
     reference: bool
     source: str
     statistic: Callable[[Any, Any], dict[str, Term]] | None = None
+    advantages: Callable[[Rollout, Any], Advantages] | None = None
 
     @property
     def summary(self) -> str:
@@ -61,6 +65,7 @@ STAGE_OF: dict[Batch, type[TrainedStage]] = {
     Batch.PAIRED: PairedStage,
     Batch.UNPAIRED: UnpairedStage,
     Batch.RANKED: RankedStage,
+    Batch.ROLLOUT: RolloutStage,
 }
 """The base class whose data makes a batch."""
 
@@ -73,6 +78,7 @@ def method(
     reference: bool,
     source: str,
     statistic: Callable[[Any, Any], dict[str, Term]] | None = None,
+    advantages: Callable[[Rollout, Any], Advantages] | None = None,
 ) -> Callable[[Callable[[Any, Any], LossOutput]], Callable[[Any, Any], LossOutput]]:
     """Register a loss under its config's `kind`.
 
@@ -81,7 +87,8 @@ def method(
     """
 
     def register(loss: Callable[[Any, Any], LossOutput]) -> Callable[[Any, Any], LossOutput]:
-        for message, fix in _complaints(config, batch, needs, reference, statistic is not None):
+        complaints = _complaints(config, batch, needs, reference, statistic is not None, advantages is not None)
+        for message, fix in complaints:
             raise LaunchError(message, where=_place(loss), fix=fix)
         kind = config.model_fields["kind"].default
         if kind in _REGISTRY and _place(_REGISTRY[kind].loss) != _place(loss):
@@ -89,7 +96,7 @@ def method(
                 f"two losses have the kind `{kind}`: {_place(_REGISTRY[kind].loss)} and {_place(loss)}",
                 fix="rename one, or uninstall the package that registers it",
             )
-        _REGISTRY[kind] = Method(kind, config, loss, batch, frozenset(needs), reference, source, statistic)
+        _REGISTRY[kind] = Method(kind, config, loss, batch, frozenset(needs), reference, source, statistic, advantages)
         return loss
 
     return register
@@ -100,7 +107,7 @@ def _place(loss: Callable[..., Any]) -> str:
 
 
 def _complaints(
-    config: type[TrainedStage], batch: Batch, needs: set[Needs], reference: bool, statistic: bool
+    config: type[TrainedStage], batch: Batch, needs: set[Needs], reference: bool, statistic: bool, advantages: bool
 ) -> Iterator[tuple[str, str]]:
     """Where a declaration does not fit its settings class, and what to do."""
     name, fields = config.__name__, config.model_fields
@@ -129,8 +136,19 @@ def _complaints(
     if Needs.REWARDS in needs and batch is not Batch.RANKED:
         fix = "write batch=Batch.RANKED (a pair is a list of two), or needs={Needs.LOGPS}"
         yield f"Needs.REWARDS comes with batch=Batch.RANKED only, not with {batch.name}", fix
-    if not needs & {Needs.LOGPS, Needs.REWARDS}:
-        yield "`needs` has neither LOGPS nor REWARDS: there is nothing to train on", "write needs={Needs.LOGPS}"
+    if needs & {Needs.TOKEN_LOGPS, Needs.VALUES} and batch is not Batch.ROLLOUT:
+        fix = "write batch=Batch.ROLLOUT, or needs={Needs.LOGPS}"
+        yield f"Needs.TOKEN_LOGPS and VALUES come with batch=Batch.ROLLOUT only, not with {batch.name}", fix
+    if advantages != (batch is Batch.ROLLOUT):
+        has = "has `advantages`" if advantages else "has no `advantages`"
+        fix = "give `advantages=` to a method on rollouts, and to no other"
+        yield f"a method with batch=Batch.{batch.name} {has}", fix
+    if not needs & ({Needs.TOKEN_LOGPS} if batch is Batch.ROLLOUT else {Needs.LOGPS, Needs.REWARDS}):
+        wanted, fix = ("TOKEN_LOGPS",) * 2 if batch is Batch.ROLLOUT else ("neither LOGPS nor REWARDS", "LOGPS")
+        yield (
+            f"`needs` has {'no ' * (wanted == fix)}{wanted}: there is nothing to train on",
+            f"write needs={{Needs.{fix}}}",
+        )
 
 
 def _fits(config: type[TrainedStage], batch: Batch) -> bool:

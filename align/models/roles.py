@@ -1,14 +1,14 @@
 """One base, many roles: named adapters on one frozen model, or the model itself trained in full.
 
-The trained role is the *resting* role: it is active whenever no other role has been asked for, so the recomputation of
-gradient checkpointing, which happens inside backward, sees the adapter that the forward pass saw. Every other role is
-frozen and runs without gradient only.
+The first trained role is the *resting* role: it is active whenever no other role has been asked for. A critic may be
+trained beside the policy, in one backward pass; the recomputation of gradient checkpointing, which happens inside
+backward, puts the role of its forward pass back. Every other role is frozen and runs without gradient only.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +22,8 @@ from align.models.heads import SCORE, ScalarHead
 from align.spec.model import LoraSettings
 
 T = TypeVar("T")
+Beside = Sequence[tuple[str, Callable[..., Any]]]
+"""Roles and functions that run in the same forward pass."""
 
 
 class RoleModel(nn.Module):
@@ -38,14 +40,14 @@ class RoleModel(nn.Module):
         self.heads = nn.ModuleDict()
         """Scalar heads by the key of their role; here, so that whatever wraps the model sees them."""
         self._keys: dict[str, str | None] = {}
-        self._trained: str | None = None
+        self._trained: tuple[str, ...] = ()
         self._active: str | None = None
         self._layers: list[Any] = []
         self._autocast: torch.dtype | None = None
         if gradient_checkpointing:
             # `gradient_checkpointing_enable` before transformers 5.20
             enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
+            enable({"use_reentrant": False, "context_fn": self._recomputation})
         self.eval()
 
     @property
@@ -59,6 +61,11 @@ class RoleModel(nn.Module):
 
     @property
     def trained_role(self) -> str | None:
+        """The first trained role."""
+        return self._trained[0] if self._trained else None
+
+    @property
+    def trained_roles(self) -> tuple[str, ...]:
         return self._trained
 
     @property
@@ -97,7 +104,7 @@ class RoleModel(nn.Module):
             copy_of: A role of this model whose adapter to start from; a head of it stays behind.
             dropout: Overrides what the adapter to start from was trained with.
             with_head: Take the scalar head too, if `folder` has one; a folder with a head is refused otherwise.
-            trainable: Whether this is the one role that is trained.
+            trainable: Whether the role is trained.
             seed: Seed of a fresh adapter.
 
         Raises:
@@ -180,8 +187,10 @@ class RoleModel(nn.Module):
 
     def add_base_role(self, role: str) -> None:
         """Add a frozen role that is the base with all adapters off."""
-        if self._trained is not None and self._keys[self._trained] is None:
-            raise ValueError(f"the base is trained as {self._trained!r}; a frozen copy needs a RoleModel of its own")
+        if self._trained and self._keys[self._trained[0]] is None:
+            raise ValueError(
+                f"the base is trained as {self.trained_role!r}; a frozen copy needs a RoleModel of its own"
+            )
         self._claim(role, trainable=False)
         self._keys[role] = None
         self._settle()
@@ -214,33 +223,33 @@ class RoleModel(nn.Module):
         """
         if torch.is_grad_enabled():
             raise TrainingError(f"role({name!r}) was entered while gradients are recorded", fix="use torch.no_grad()")
-        before = self._active
-        self._activate(self._known(name))
-        try:
+        with self._activated(self._known(name)):
             yield
-        finally:
-            self._activate(before)
 
-    def forward(self, role: str, function: Callable[..., T], *args: Any) -> T:
+    def forward(self, role: str, function: Callable[..., T], *args: Any, beside: Beside = ()) -> Any:
         """Run `function(causal_lm, *args)` with a role active; everything that computes goes through here.
 
         Args:
-            role: Its name. With gradients on it must be the trained role.
+            role: Its name. With gradients on it must be a trained role.
             function: Gets an object with `.model`, `.lm_head`, `.generate` and `.config`, and the role's scalar head as
                 its last argument if the role has one.
             *args: Handed on.
+            beside: Other roles and their functions, run on the same arguments inside this one call: a launcher's
+                wrapper sees one forward pass, with every trained parameter in it.
+
+        Returns:
+            What the function returns; a tuple with what each of them returns if there are some beside.
 
         Raises:
             TrainingError: If a frozen role is run while gradients are recorded.
         """
+        if beside:
+            return tuple(self.forward(name, each, *args) for name, each in ((role, function), *beside))
         if self.has_head(role):
             args = (*args, self.head(role))
-        if not torch.is_grad_enabled():
-            with self.role(role), self._precision():
-                return function(self.causal_lm, *args)
-        if role != self._trained:
+        if torch.is_grad_enabled() and role not in self._trained:
             raise TrainingError(f"frozen role {role!r} was run while gradients are recorded", fix="use torch.no_grad()")
-        with self._precision():
+        with self._activated(self._known(role)), self._precision():
             return function(self.causal_lm, *args)
 
     # State -----------------------------------------------------------------------------------------------------------
@@ -263,8 +272,13 @@ class RoleModel(nn.Module):
         return None if key is None else self.base.peft_config[key]
 
     def trainable_state(self) -> dict[str, Tensor]:
-        """The trained parameters themselves (not copies) under the names they have on disk."""
-        return {} if self._trained is None else self.tensors(self._trained)
+        """The trained parameters themselves (not copies) under the names they have on disk.
+
+        Those of a second trained role have its name before theirs.
+        """
+        first, *others = self._trained or (None,)
+        own = {} if first is None else self.tensors(first)
+        return own | {f"{role}/{name}": tensor for role in others for name, tensor in self.tensors(role).items()}
 
     def load_trainable_state(self, state: dict[str, Tensor]) -> None:
         """Copy what `trainable_state` gave, of this or an equal model, into the trained parameters.
@@ -290,8 +304,8 @@ class RoleModel(nn.Module):
         """Reserve a role and return the key of its adapter."""
         if role in self._keys:
             raise ValueError(f"there is a role {role!r} already")
-        if trainable and self._trained is not None:
-            raise ValueError(f"{self._trained!r} is trained already; a model has one trained role")
+        if trainable and self._trained and self._keys[self._trained[0]] is None:
+            raise ValueError(f"the base is trained as {self.trained_role!r}; another trained role would move with it")
         key = _key(role)
         if key in map(_key, self._keys):
             raise ValueError(f"the role {role!r} is too like another one")
@@ -320,7 +334,7 @@ class RoleModel(nn.Module):
 
     def _settle(self, trained: str | None = None) -> None:
         """After a change of roles: new modules get the model's mode, flags are set anew, the resting role is active."""
-        self._trained = trained or self._trained
+        self._trained += (trained,) if trained else ()
         if any(self._keys.values()):
             from align.models import lora
 
@@ -334,12 +348,28 @@ class RoleModel(nn.Module):
             if not getattr(layer, "_align_guarded", False):
                 layer.register_forward_pre_hook(self._guard)
                 layer._align_guarded = True
-        self._activate(self._trained)
+        self._activate(self.trained_role)
 
     def _guard(self, *_: Any) -> None:
-        """Before every adapter layer, also when backward recomputes it: gradients belong to the trained role alone."""
-        if torch.is_grad_enabled() and self._active != self._trained:
+        """Before every adapter layer, also when backward recomputes it: gradients belong to trained roles alone."""
+        if torch.is_grad_enabled() and self._active not in self._trained:
             raise TrainingError(f"role {self._active!r} is active while gradients are recorded")
+
+    def _recomputation(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        """For gradient checkpointing: what surrounds a layer's forward pass, and its repetition inside backward."""
+        return nullcontext(), self._activated(self._active)
+
+    @contextmanager
+    def _activated(self, role: str | None) -> Iterator[None]:
+        before = self._active
+        if role == before:
+            yield
+            return
+        self._activate(role)
+        try:
+            yield
+        finally:
+            self._activate(before)
 
     def _activate(self, role: str | None) -> None:
         if self._layers:
