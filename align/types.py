@@ -43,7 +43,7 @@ class Needs(StrEnum):
     """Those of the prompt's own tokens besides, where the settings say `loss_on: all`."""
     REWARDS = "rewards"
     """One number per completion, from a scalar head on the state of its last token."""
-    TOKEN_LOGPS = "token_logps"
+    TOKEN_LOGPS = "token_logps"  # noqa: S105
     """Log-probabilities of the trained tokens one by one, at the temperature that they were drawn with."""
     VALUES = "values"
     """One number per trained token, from the critic's scalar head on the state that the token was drawn from."""

@@ -6,9 +6,9 @@
     L   = mean over all tokens                                                              `token_mean`
     L   = sum over tokens / (completions x longest possible completion)                     `constant`
 
-Dr. GRPO is `scale: none, aggregation: constant, beta: 0`, DAPO's loss `aggregation: token_mean, clip_high: 0.28, beta:
-0`. The standard deviation is the unbiased one, as in TRL, verl and OpenRLHF; the paper does not say. The KL is a term of
-the loss, not of the reward.
+Dr. GRPO is `scale: none, aggregation: constant, beta: 0`, the loss of DAPO `aggregation: token_mean, clip_high: 0.28,
+beta: 0`. The standard deviation is the unbiased one, as in TRL, verl and OpenRLHF; the paper does not say. The KL is a
+term of the loss, not of the reward.
 *Source*: arXiv:2402.03300, eq. 3 and 4; Dr. GRPO: arXiv:2503.20783; DAPO: arXiv:2503.14476. TRL 1.16 has beta 0 and
 `token_mean` by default and multiplies the KL by the ratio (`kl_ratio` here).
 """

@@ -50,7 +50,7 @@ class PPO(RolloutStage, PenalisedKL, Clipped, EntropyBonus):
     whiten_rewards: bool = False
     """Give its token rewards variance 1, their mean kept."""
     value_clip: PositiveFloat | None = 0.2
-    """How far the critic may move from what it said at the rollout before its gradient is cut off; null for no limit."""
+    """How far the critic may move from what it said at the rollout before its gradient is cut off; null: no limit."""
     value_weight: PositiveFloat = 0.1
     """Weight of the critic's loss."""
     critic_start: Literal["reward", "policy"] = "reward"
@@ -96,14 +96,16 @@ def ppo_loss(batch: RolloutLogps, config: PPO) -> LossOutput:
     Example:
         >>> one, zero = torch.ones(1), torch.zeros(1)
         >>> batch = RolloutLogps(
-        ...     policy=-one, old=-one, advantages=2 * one, owner=torch.tensor([0]), length=torch.tensor([1]), weight=one,
-        ...     values=zero, old_values=zero, returns=one,
+        ...     policy=-one, old=-one, advantages=2 * one, owner=torch.tensor([0]), length=torch.tensor([1]),
+        ...     weight=one, values=zero, old_values=zero, returns=one,
         ... )
         >>> ppo_loss(batch, PPO(prompts="p", scorers=["s"], reference=None)).loss.item()
         -1.9500000476837158
     """
     weight = batch.token_weight
-    assert batch.values is not None and batch.old_values is not None and batch.returns is not None
+    assert batch.values is not None
+    assert batch.old_values is not None
+    assert batch.returns is not None
     loss, cut = clipped(batch.policy, batch.old, batch.advantages, config.clip, config.clip)
     error = (batch.values - batch.returns) ** 2
     moved = torch.zeros_like(error)

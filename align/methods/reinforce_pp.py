@@ -1,7 +1,7 @@
 """REINFORCE++: token rewards summed to the end of the completion, normalised over all tokens of the rollout.
 
-    r_t = -beta kl_t (+ score on the last token),   A_t = sum over s >= t of gamma^(s-t) r_s              `baseline: none`
-    A_t = score - mean score of the prompt                                                       `baseline: group`
+    r_t = -beta kl_t (+ score on the last token),   A_t = sum over s >= t of gamma^(s-t) r_s           `baseline: none`
+    A_t = score - mean score of the prompt                                                             `baseline: group`
     A   = (A - mean) / std over all tokens of the rollout
     L   = mean over tokens of max(-A rho, -A clip(rho, 1 - c, 1 + c)),   rho_t = pi(y_t) / pi_old(y_t)
 

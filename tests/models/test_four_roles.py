@@ -1,4 +1,4 @@
-"""Policy, reference, reward model and critic on one quantized base: one storage, and the gradients of separate models."""
+"""Policy, reference, reward model and critic on one quantized base: one storage, the gradients of separate models."""
 
 from __future__ import annotations
 
