@@ -28,6 +28,7 @@ from align.data.records import (
     Prompt,
     Ranked,
     Record,
+    Samples,
     Text,
     Unpaired,
     before_answer,
@@ -176,6 +177,7 @@ class ChatEncoder:
     def _lay_out(self, record: Record) -> _Layout:
         if isinstance(record, Text):
             return _Layout(record, Piece(record.text))
+        assert not isinstance(record, Samples), "nothing is trained on candidates before they are scored"
         if isinstance(record, Prompt):
             return _Layout(record, self._template.prompt(self._clean(record.messages)))
         if isinstance(record, Conversation):
@@ -271,6 +273,7 @@ class ChatEncoder:
 
     def _example(self, layout: _Layout, ids: dict[Piece, list[int]]) -> Example:
         record = layout.record
+        assert not isinstance(record, Samples)
         if isinstance(record, Text):
             return self._of_text(record, ids[layout.prompt])
         prompt_ids, group = ids[layout.prompt], digest(record.prompt)

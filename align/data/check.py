@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from align.data.chat import ChatEncoder, Example, LossOn
 from align.data.convert import as_prompt
+from align.data.fields import fields_of
 from align.data.mismatch import with_mismatched
 from align.data.reading import Reading
 from align.data.records import (
@@ -22,6 +23,7 @@ from align.data.records import (
     Prompt,
     Ranked,
     Record,
+    Samples,
     Unpaired,
     before_answer,
     digest,
@@ -43,7 +45,7 @@ RECORDS_OF_BATCH = {
 }
 """Which records a batch kind is made of."""
 
-RECORDS_WITH_PROMPT = ("prompt", "conversation", "pair", "ranked", "unpaired")
+RECORDS_WITH_PROMPT = ("prompt", "conversation", "pair", "ranked", "samples", "unpaired")
 
 CHUNK = 2048
 """Records that the tokenizer gets at once."""
@@ -58,12 +60,18 @@ class PromptExample:
         text: The last user message: what a scorer sees.
         messages: The whole prompt.
         prompt_ids: Token ids, with the template's generation prompt.
+        fields: What else its row says, for a verifier.
+        answers: What the row itself answers, in one turn each, by name: `chosen`, `completion`, a place in a list.
+        target: The best of these; None where there is none, or it has several turns.
     """
 
     row: int
     text: str
     messages: list[Message]
     prompt_ids: list[int]
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    answers: Mapping[str, str] = field(default_factory=dict)
+    target: str | None = None
 
 
 def load_examples(
@@ -97,7 +105,7 @@ def load_examples(
     _expect(source, batch)
     encoder = ChatEncoder(tokenizer, max_tokens, loss_on, target=target and batch is Batch.RANKED)
     reading = Reading(source, folder)
-    examples = [example for _, example in _encoded(reading, encoder, reading.records())]
+    examples = [example for _, _, example in _encoded(reading, encoder, reading.records())]
     report = _report(reading, encoder, examples, quarantine)
     report.truncated = sum(any(c.truncated for c in e.completions) for e in examples)
     report.candidates = sum(len(e.scores) for e in examples if len(e.scores) > 1)
@@ -131,13 +139,22 @@ def load_prompts(
     encoder = ChatEncoder(tokenizer, max_tokens)
     reading = Reading(source, folder)
     found = list(_encoded(reading, encoder, reading.records(as_prompt)))
-    report = _report(reading, encoder, [example for _, example in found], quarantine)
-    prompts = []
-    for record, example in found:
-        assert isinstance(record, Prompt)
-        messages = record.messages
-        prompts.append(PromptExample(example.row, messages[-1]["content"], messages, example.prompt_ids))
-    return prompts, report
+    report = _report(reading, encoder, [example for _, _, example in found], quarantine)
+    return [_prompt_example(record, row, example, source) for record, row, example in found], report
+
+
+def _prompt_example(record: Record, row: Row, example: Example, source: Source) -> PromptExample:
+    assert isinstance(record, Prompt)
+    messages, target = record.messages, record.target
+    return PromptExample(
+        row=example.row,
+        text=messages[-1]["content"],
+        messages=messages,
+        prompt_ids=example.prompt_ids,
+        fields=fields_of(row, source.columns),
+        answers={name: said[0]["content"] for name, said in record.answers if len(said) == 1},
+        target=target[0]["content"] if target is not None and len(target) == 1 else None,
+    )
 
 
 def training_texts(source: Source, folder: Path) -> Iterator[str]:
@@ -214,7 +231,7 @@ def first_examples(
     reading = Reading(source, folder)
     encoder = ChatEncoder(tokenizer, max_tokens, loss_on, target=target and batch is Batch.RANKED)
     examples: list[Example] = []
-    for _, example in _encoded(reading, encoder, reading.records(), chunk=count):
+    for _, _, example in _encoded(reading, encoder, reading.records(), chunk=count):
         examples.append(example)
         # The last one wanted may need the next one of another prompt.
         if len(examples) >= count and (
@@ -238,6 +255,8 @@ def _said(record: Record) -> list[list[Message]]:
         return [record.prompt, record.chosen, record.rejected]
     if isinstance(record, Ranked):
         return [record.prompt, *record.responses]
+    if isinstance(record, Samples):
+        return [record.prompt, [{"role": "assistant", "content": each} for each in record.responses]]
     return [record.prompt, record.completion] if isinstance(record, Unpaired) else [record.prompt]
 
 
@@ -250,7 +269,7 @@ def _expect(source: Source, batch: Batch) -> None:
 
 def _encoded(
     reading: Reading, encoder: ChatEncoder, records: Iterator[tuple[Record, Row]], chunk: int = CHUNK
-) -> Iterator[tuple[Record, Example]]:
+) -> Iterator[tuple[Record, Row, Example]]:
     while part := list(islice(records, chunk)):
         for (record, row), outcome in zip(part, encoder.encode_many([record for record, _ in part]), strict=True):
             if isinstance(outcome, BadRow):
@@ -258,7 +277,7 @@ def _encoded(
             elif isinstance(outcome, Dropped):
                 reading.drop(outcome)
             else:
-                yield record, outcome
+                yield record, row, outcome
 
 
 def _report(reading: Reading, encoder: ChatEncoder, examples: Sequence[Example], quarantine: Path | None) -> DataReport:

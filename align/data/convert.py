@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import combinations, pairwise
 
-from align.data.records import Conversation, Dropped, Message, Pair, Prompt, Ranked, Record, Unpaired
+from align.data.records import Conversation, Dropped, Message, Pair, Prompt, Ranked, Record, Samples, Unpaired
 from align.spec.data import Conversion
 
 
@@ -35,16 +35,38 @@ def convert(record: Record, how: Conversion | None) -> list[Record]:
 
 
 def as_prompt(record: Record) -> Prompt:
-    """A record reduced to what comes before its last answer."""
-    if isinstance(record, Pair | Ranked | Unpaired):
-        return Prompt(record.row, record.prompt)
+    """A record reduced to what comes before its last answer, with its answers beside it."""
+    if isinstance(record, Prompt) and record.answers:
+        return record
+    if isinstance(record, Pair | Ranked | Samples | Unpaired):
+        return Prompt(record.row, record.prompt, tuple(_answers(record).items()), _target(record))
     assert isinstance(record, Conversation | Prompt)
-    messages = record.messages
-    if messages[-1]["role"] == "assistant":
-        messages = messages[:-1]
+    answered = record.messages[-1]["role"] == "assistant"
+    messages = record.messages[:-1] if answered else record.messages
     if not messages or messages[-1]["role"] != "user":
         raise Dropped("empty prompt")
-    return Prompt(record.row, messages)
+    last = record.messages[-1:]
+    return Prompt(record.row, messages, (("completion", last),), last) if answered else Prompt(record.row, messages)
+
+
+def _answers(record: Pair | Ranked | Samples | Unpaired) -> dict[str, list[Message]]:
+    """The answers of a record by what they are called; those of a list by their place."""
+    if isinstance(record, Pair):
+        return {"chosen": record.chosen, "rejected": record.rejected}
+    if isinstance(record, Unpaired):
+        return {"completion": record.completion}
+    if isinstance(record, Ranked):
+        return {str(place): response for place, response in enumerate(record.responses)}
+    return {str(k): [Message(role="assistant", content=text)] for k, text in enumerate(record.responses)}
+
+
+def _target(record: Pair | Ranked | Samples | Unpaired) -> list[Message] | None:
+    """What the record says to stay close to, else its best answer; None where nothing tells which that is."""
+    if isinstance(record, Unpaired):
+        return record.completion if record.label else None
+    if record.target is not None or isinstance(record, Samples):
+        return record.target
+    return record.chosen if isinstance(record, Pair) else record.responses[_order(record)[0]]
 
 
 def _order(record: Ranked) -> list[int]:

@@ -108,6 +108,7 @@ _PARSERS: dict[Format, Callable[[int, Columns], Record]] = {
     "labelled_pairs": preferences.labelled_pair,
     "ranked": preferences.ranked,
     "mt_bench": preferences.mt_bench,
+    "samples": preferences.samples,
     "unpaired": preferences.unpaired,
     "prompts": _prompt,
 }

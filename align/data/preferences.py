@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from align.data.columns import Columns, as_messages, as_text, check_answer, check_turns
 from align.data.records import (
@@ -22,10 +22,13 @@ from align.data.records import (
     Message,
     Pair,
     Ranked,
+    Samples,
     Unpaired,
     left_off,
 )
 from align.data.sources import type_word
+
+T = TypeVar("T")
 
 PROMPTS = ("prompt", "conversations", "messages", "instruction")
 """Where a prompt may stand, in this order."""
@@ -254,6 +257,40 @@ def _ranked(
     for rule in rules:
         columns.note(left_off(rule))
     return record
+
+
+def samples(number: int, columns: Columns) -> Samples:
+    """Answers of one turn each in the forms of a ranked list, kept as they are: scored or not, empty or said twice."""
+    prompt = columns.with_system(_asked(columns))
+    check_turns(prompt, "prompt")
+    if prompt[-1]["role"] != "user":
+        raise BadRow("`prompt` does not end with the user")
+    name = "responses" if "responses" in columns or "output" not in columns else "output"
+    items = columns.items(name)
+    answers = [_answer(columns, item, name) for item in items]
+    if any(len(answer) > 1 or answer[0]["role"] != "assistant" for answer in answers):
+        raise BadRow(f"a candidate of `{name}` is not one turn of the assistant")
+    key = columns.names.get("score", "score")
+    scored = "scores" in columns.values or any(isinstance(item, dict) and key in item for item in items)
+    return Samples(
+        number,
+        prompt,
+        [answer[0]["content"] for answer in answers],
+        _beside(columns, "sources", len(items), str, ""),
+        _beside(columns, "ended", len(items), bool, True),
+        _scores(columns, items, name) if scored else None,
+        columns.target(prompt),
+    )
+
+
+def _beside(columns: Columns, name: str, count: int, kind: type[T], absent: T) -> list[T]:
+    """A list with one value for each candidate."""
+    if name not in columns:
+        return [absent] * count
+    values = columns.items(name)
+    if len(values) != count or not all(isinstance(each, kind) for each in values):
+        raise BadRow(f"`{name}` is not one {'text' if kind is str else 'true or false'} for each candidate")
+    return values
 
 
 def unpaired(number: int, columns: Columns) -> Unpaired:

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from align.data.chat import Completion, Example
 from align.data.reading import Reading
-from align.data.records import Conversation, Message, Pair, Prompt, Ranked, Record, Unpaired
+from align.data.records import Conversation, Message, Pair, Prompt, Ranked, Record, Samples, Unpaired
 from align.data.report import DataReport, is_pair
 from align.data.sources import Source, number_word
 
@@ -100,25 +100,28 @@ def _panel(record: Record, word: str) -> Panel:
     body = Text()
     if isinstance(record, Conversation | Prompt):
         _add_messages(body, record.messages)
-    elif isinstance(record, Pair | Ranked | Unpaired):
+    elif isinstance(record, Pair | Ranked | Samples | Unpaired):
         _add_messages(body, record.prompt)
         for name, messages in _answers(record):
             body.append(f"{name}\n", style="bold yellow")
             _add_messages(body, messages)
     else:
         body.append(record.text)
-    weight = "" if isinstance(record, Prompt) or record.weight == 1 else f", weight {record.weight:g}"
+    weight = "" if isinstance(record, Prompt | Samples) or record.weight == 1 else f", weight {record.weight:g}"
     margin = f", margin {record.margin:g}" if isinstance(record, Pair) and record.margin else ""
     body.rstrip()
     return Panel(body, title=f"{word} {record.row}{weight}{margin}", title_align="left")
 
 
-def _answers(record: Pair | Ranked | Unpaired) -> list[tuple[str, list[Message]]]:
+def _answers(record: Pair | Ranked | Samples | Unpaired) -> list[tuple[str, list[Message]]]:
     """The answers of a record with what is said of them."""
     if isinstance(record, Unpaired):
         return [("desirable" if record.label else "undesirable", record.completion)]
     if isinstance(record, Pair):
         answers = [("chosen", record.chosen), ("rejected", record.rejected)]
+    elif isinstance(record, Samples):
+        names = [_said_of(record, k) for k in range(len(record.responses))]
+        answers = [(n, [Message(role="assistant", content=r)]) for n, r in zip(names, record.responses, strict=True)]
     else:
         names = [f"score {score:g}" for score in record.scores]
         answers = list(zip(names, record.responses, strict=True))
@@ -129,6 +132,13 @@ def _add_messages(body: Text, messages: Iterable[Message]) -> None:
     for message in messages:
         body.append(f"{message['role']}\n", style=f"bold {ROLE_STYLES[message['role']]}")
         body.append(f"{message['content']}\n")
+
+
+def _said_of(record: Samples, k: int) -> str:
+    """Where a candidate comes from and how good it is, as far as anything tells."""
+    score = record.scores[k] if record.scores is not None else None
+    told = [record.sources[k], "" if score is None else f"score {score:g}", "" if record.ended[k] else "cut off"]
+    return ", ".join(each for each in told if each) or "candidate"
 
 
 def _masked(example: Example, tokenizer: PreTrainedTokenizerBase, word: str) -> Panel:

@@ -1,10 +1,10 @@
-"""What a row becomes, whatever its format: one of six records, or a reason why it is none."""
+"""What a row becomes, whatever its format: one of seven records, or a reason why it is none."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Literal, TypedDict
 
@@ -82,6 +82,27 @@ class Ranked:
 
 
 @dataclass(frozen=True, slots=True)
+class Samples:
+    """One prompt and answers to it of one turn each, of which nothing is decided yet: they may be empty or said twice.
+
+    Attributes:
+        responses: The answers, in the order of the row.
+        sources: Where each comes from; empty texts where nothing says it.
+        ended: Whether each ended by itself, and was not cut off.
+        scores: How good each is, None where nothing says it; None for a row without scores.
+        target: A continuation to stay close to.
+    """
+
+    row: int
+    prompt: list[Message]
+    responses: list[str]
+    sources: list[str]
+    ended: list[bool]
+    scores: list[float | None] | None = None
+    target: list[Message] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Unpaired:
     """One prompt, one continuation of it and whether that is desirable."""
 
@@ -94,17 +115,24 @@ class Unpaired:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A conversation that waits for the assistant's next turn."""
+    """A conversation that waits for the assistant's next turn.
+
+    Attributes:
+        answers: What the row itself answers, each under its name; no part of what is asked.
+        target: The best of these.
+    """
 
     row: int
     messages: list[Message]
+    answers: tuple[tuple[str, list[Message]], ...] = field(default=(), compare=False)
+    target: list[Message] | None = field(default=None, compare=False)
 
     @property
     def prompt(self) -> list[Message]:
         return self.messages
 
 
-Record = Text | Conversation | Pair | Ranked | Unpaired | Prompt
+Record = Text | Conversation | Pair | Ranked | Samples | Unpaired | Prompt
 
 EMPTY = "empty completion"
 NO_SCORE = "no score"
@@ -162,13 +190,16 @@ def digest(*conversations: Iterable[Message]) -> bytes:
 def identity(record: Record) -> bytes:
     """Equal for records that say the same with the same weight, labels and scores."""
     said: list[list[Message]] = [record.messages if isinstance(record, Conversation | Prompt) else record.prompt]
-    told: list[object] = [] if isinstance(record, Prompt) else [record.weight]
+    told: list[object] = [] if isinstance(record, Prompt | Samples) else [record.weight]
     if isinstance(record, Pair):
         said += [record.chosen, record.rejected, record.target or []]
         told.append(record.margin)
     elif isinstance(record, Ranked):
         said += [*record.responses, record.target or []]
         told.append(record.scores)
+    elif isinstance(record, Samples):
+        said += [[{"role": "assistant", "content": each}] for each in record.responses]
+        told += [record.scores, record.sources, record.ended]
     elif isinstance(record, Unpaired):
         said.append(record.completion)
         told.append(record.label)

@@ -70,7 +70,7 @@ class StageRef:
 
 @dataclass(frozen=True)
 class DataRef:
-    """Marks a field that names an entry of `data`, and the kinds of records it may hold."""
+    """Marks a field that names an entry of `data`, or a stage that makes records, and the kinds of them it may hold."""
 
     records: tuple[str, ...]
 
@@ -94,5 +94,5 @@ class HubAdapter(Settings):
 PolicyRef = Annotated[str, StageRef("policy")]
 """The name of a stage that produces a policy."""
 
-Produces = Literal["policy", "reward", "comparison"]
+Produces = Literal["policy", "reward", "records", "comparison"]
 """What a stage may produce."""

@@ -29,6 +29,7 @@ Format = Literal[
     "labelled_pairs",
     "ranked",
     "mt_bench",
+    "samples",
     "unpaired",
     "prompts",
 ]
@@ -43,6 +44,7 @@ RECORDS_OF_FORMAT: dict[str, str] = {
     "labelled_pairs": "pair",
     "ranked": "ranked",
     "mt_bench": "ranked",
+    "samples": "samples",
     "unpaired": "unpaired",
     "prompts": "prompt",
 }
@@ -88,6 +90,13 @@ class Fields:
 _ALPACA = ("input", "history", "system")
 """What may stand beside an instruction."""
 
+_CANDIDATES = tuple(
+    (asked, answers)
+    for answers in ("responses", "output")
+    for asked in ("prompt", "conversations", "messages", "instruction")
+)
+"""A prompt and several answers to it."""
+
 FIELDS_OF_FORMAT: dict[Format, Fields] = {
     "text": Fields((("text",),), ("weight",)),
     "alpaca": Fields((("instruction", "output"),), (*_ALPACA, "weight")),
@@ -107,16 +116,9 @@ FIELDS_OF_FORMAT: dict[Format, Fields] = {
         ),
         (*_ALPACA, "annotator2", "annotator3", "margin", "target", "weight"),
     ),
-    "ranked": Fields(
-        tuple(
-            (asked, answers)
-            for answers in ("responses", "output")
-            for asked in ("prompt", "conversations", "messages", "instruction")
-        ),
-        (*_ALPACA, "scores", "target", "weight"),
-        ("response", "score"),
-    ),
+    "ranked": Fields(_CANDIDATES, (*_ALPACA, "scores", "target", "weight"), ("response", "score")),
     "mt_bench": Fields((("turns", "candidates"),), ("system", "weight")),
+    "samples": Fields(_CANDIDATES, (*_ALPACA, "scores", "sources", "ended", "target"), ("response", "score")),
     "unpaired": Fields(
         (
             ("prompt", "completion", "label"),
@@ -126,7 +128,7 @@ FIELDS_OF_FORMAT: dict[Format, Fields] = {
         ),
         (*_ALPACA, "weight"),
     ),
-    "prompts": Fields((("prompt",), ("messages",), ("conversations",), ("instruction",)), _ALPACA),
+    "prompts": Fields((("prompt",), ("messages",), ("conversations",), ("instruction",)), (*_ALPACA, "answer")),
 }
 """What a row of each format is made of, and so what `columns` can rename."""
 
