@@ -59,6 +59,8 @@ class Manifest(Settings):
     reward: PolicyRecord | None = None
     """None for a stage that makes no reward model."""
     seed: int | None = None
+    packing: dict[str, str] = Field(default_factory=dict)
+    """How log-probabilities were computed: the fields of a `PackingChoice`; empty for a stage that computed none."""
     versions: dict[str, str] = Field(default_factory=dict)
     hardware: dict[str, Any] = Field(default_factory=dict)
     metrics: dict[str, float] = Field(default_factory=dict)

@@ -24,6 +24,7 @@ from transformers.masking_utils import sdpa_mask
 
 from align.logps.precision import computed_in
 from align.logps.segments import Block, Layout, Segments
+from align.recipe.packing import Attention, kernel_for
 
 logger = logging.getLogger(__name__)
 
@@ -76,10 +77,10 @@ def attention(
     return _blocks(query[0], repeat_kv(key, groups)[0], repeat_kv(value, groups)[0], segments, scaling)[None], None
 
 
-def kernel_of(device: str, dtype: torch.dtype) -> str:
+def kernel_of(device: str, dtype: torch.dtype) -> Attention:
     """The kernel for a device and a dtype: `blocks` or `ragged`."""
-    half = dtype in (torch.float16, torch.bfloat16)
-    return "ragged" if device == "cuda" and half and ragged_works(dtype) else "blocks"
+    kernel = kernel_for(device, half=dtype in (torch.float16, torch.bfloat16))
+    return "blocks" if kernel == "ragged" and not ragged_works(dtype) else kernel
 
 
 def _varlen() -> Any:

@@ -1,62 +1,54 @@
-"""Which packing a model gets: measured on CPU, proven on the model itself before the first step.
+"""Which packing a model gets: the rule of `align/recipe/packing.py`, proven on the model itself before the first step.
 
-The rule: a prompt is shared by its completions where the model can (ordinary attention in every layer). Dropout draws
-anew for every copy of a token, so with dropout each completion has its own copy of the prompt, still without padding.
-Models with other layers get padded rows, which any model computes. `python -m bench.preference` measures all three.
+`python -m bench.preference` measures the packings beside one another.
 """
 
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 
 from align.data.chat import Completion, Example
-from align.logps.attention import NAME, register
+from align.logps.attention import NAME, kernel_of, register
 from align.logps.head import hidden_states
 from align.logps.pack import Packing, pack_examples
 from align.logps.precision import computed_in
+from align.recipe.packing import PackingChoice, choose, padded
 
 logger = logging.getLogger(__name__)
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 """Largest difference of hidden states, relative to their size, between two layouts of the same sequences."""
 
-
-def why_not_flat(config: Any) -> str | None:
-    """Why a model cannot compute flat packs; None if it can as far as its configuration tells.
-
-    Args:
-        config: A transformers configuration; its text part is read.
-    """
-    text = config.get_text_config()
-    layers = set(getattr(text, "layer_types", None) or ["full_attention"])
-    if layers != {"full_attention"}:
-        return f"it has layers of type {', '.join(sorted(layers - {'full_attention'}))}"
-    if getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True):
-        return "its attention slides over a window"
-    return None
+Wanted = Literal["auto", "rows", "flat", "shared"]
 
 
-def choose_packing(causal_lm: Any, *, dropout: bool, wanted: Literal["auto", "rows", "flat", "shared"]) -> Packing:
+def choose_engine(causal_lm: Any, *, dropout: bool, wanted: Wanted) -> PackingChoice:
     """Make the model ready for the packing it will get, and say which that is.
 
     Args:
         causal_lm: The model as a role sees it; every rank has to call this.
         dropout: Whether adapters draw dropout.
-        wanted: What the recipe asks for; `auto` is the rule above.
+        wanted: What the recipe asks for; `auto` is the rule.
     """
-    if wanted == "rows":
-        return "rows"
-    reason = why_not_flat(causal_lm.config) or _prove(causal_lm)
-    level = logging.INFO if wanted == "auto" else logging.WARNING
-    if reason is not None:
-        logger.log(level, "completions stand in padded rows of their own: %s", reason)
-        return "rows"
-    if dropout and wanted != "flat":
-        logger.log(level, "no prompt is shared: adapters have dropout, which draws anew for every copy of a token")
-    return "flat" if dropout or wanted == "flat" else "shared"
+    config = causal_lm.config.get_text_config().to_dict()
+    choice = choose(config, dropout=dropout, wanted=wanted, kernel="blocks")
+    if choice.packing != "rows":
+        device = next(causal_lm.parameters()).device
+        choice = replace(choice, attention=kernel_of(device.type, computed_in(device, causal_lm.model.dtype)))
+        reason = _prove(causal_lm)
+        choice = choice if reason is None else padded(reason)
+    if wanted not in ("auto", choice.packing):
+        logger.warning("packing %s was asked for; it is %s", wanted, choice)
+    return choice
+
+
+def choose_packing(causal_lm: Any, *, dropout: bool, wanted: Wanted) -> Packing:
+    """The packing alone of what `choose_engine` chooses."""
+    return choose_engine(causal_lm, dropout=dropout, wanted=wanted).packing
 
 
 @torch.no_grad()

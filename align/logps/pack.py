@@ -12,19 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from align.data.chat import Completion, Example
 from align.logps.segments import Layout, Segments
+from align.recipe.packing import Packing
 from align.types import Logps
 
 PAD_ID = 0
 """Any id will do: rows are padded on the right, so causal attention never lets a real token see the padding."""
-
-Packing = Literal["rows", "flat", "shared"]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from rich import box
@@ -19,10 +20,11 @@ from align.methods.pretrain import Pretrain
 from align.recipe.digest import Digests
 from align.recipe.graph import Graph, Node
 from align.recipe.memory import ADAM_BYTES, MASTER_BYTES, Parts, generation_memory, training_memory
+from align.recipe.packing import TRL, PackingChoice, choose, kernel_for
 from align.recipe.reference import ReferenceNode, reference_nodes
 from align.recipe.references import references
 from align.recipe.rows import count_rows
-from align.recipe.sizes import ModelSize, cached_folder, size_of_architecture, size_of_folder
+from align.recipe.sizes import ModelSize, cached_folder, config_of_folder, size_of_architecture, size_of_folder
 from align.recipe.sources import base_folder
 from align.spec.base import StageRef
 from align.spec.data import records_of
@@ -31,6 +33,9 @@ from align.spec.stages import CompareStage, TrainedStage, engine_of, reference_o
 from align.types import Batch
 
 GIB = 2**30
+
+LLAMA = {"model_type": "llama"}
+"""What `pretrain` makes."""
 
 COMPLETIONS = {Batch.TOKENS: 1, Batch.PAIRED: 2, Batch.UNPAIRED: 1, Batch.RANKED: 4}
 """Completions of an example, to estimate its size by; how long ranked lists are is known once they are read."""
@@ -52,6 +57,8 @@ class PlanRow:
         memory: Bytes of one rank by what they are for; empty where the model's size is not known.
         disk: Bytes of its artifact.
         scratch: Bytes of checkpoints while it runs.
+        packing: How its sequences are laid out and what computes attention, as far as its model's configuration tells;
+            None for a stage that does not train, and where the configuration is not on this machine.
         notes: What a user should know.
     """
 
@@ -66,6 +73,7 @@ class PlanRow:
     memory: Parts = field(default_factory=dict)
     disk: int | None = None
     scratch: int = 0
+    packing: PackingChoice | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -97,6 +105,7 @@ def make_plan(
     kept_references: Callable[[str], Mapping[str, int]] = lambda fingerprint: {},
     digests: Digests | None = None,
     compute_bytes: int | None = None,
+    device: Literal["cpu", "cuda"] | None = None,
 ) -> Plan:
     """Plan every stage of a graph.
 
@@ -107,8 +116,10 @@ def make_plan(
         kept_references: What the store has of a policy's log-probabilities: `rows_id` -> number of rows.
         digests: Of data files.
         compute_bytes: Bytes of a number where `dtype` is auto; this machine's choice if absent.
+        device: Where stages run; what this machine has if absent.
     """
-    planner = _Planner(graph, compute_bytes or _auto_bytes())
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    planner = _Planner(graph, compute_bytes or _auto_bytes(), device or here)
     rows = []
     for node in graph.nodes.values():
         step = resumes_at(node.fingerprint)
@@ -129,8 +140,8 @@ def _auto_bytes() -> int:
 class _Planner:
     """Sizes and estimates of the stages of one graph."""
 
-    def __init__(self, graph: Graph, auto_bytes: int) -> None:
-        self.graph, self.auto_bytes = graph, auto_bytes
+    def __init__(self, graph: Graph, auto_bytes: int, device: str) -> None:
+        self.graph, self.auto_bytes, self.device = graph, auto_bytes, device
         self.sizes: dict[str, ModelSize | None] = {}
 
     def row(self, node: Node, state: Literal["reuse", "resume", "run"], step: int) -> PlanRow:
@@ -155,6 +166,7 @@ class _Planner:
             memory=self.training(node, node.stage),
             disk=disk,
             scratch=scratch,
+            packing=self.packing(node, node.stage),
             notes=self.notes(node),
         )
 
@@ -170,9 +182,24 @@ class _Planner:
         if model.base in self.graph.nodes:
             return self.size(self.graph.nodes[model.base])
         if model.base not in self.sizes:
-            folder = base_folder(model.base, self.graph.loaded.folder) or cached_folder(model)
+            folder = self.folder(model)
             self.sizes[model.base] = None if folder is None else size_of_folder(folder)
         return self.sizes[model.base]
+
+    def folder(self, model: ModelSettings) -> Path | None:
+        """Where a base that no stage makes is on this machine."""
+        return base_folder(model.base, self.graph.loaded.folder) or cached_folder(model)
+
+    def config(self, node: Node) -> dict[str, Any]:
+        """The configuration of the model that a stage trains; empty where it is not on this machine."""
+        if isinstance(node.stage, Pretrain):
+            return LLAMA
+        if node.model is None:
+            return {}
+        if node.model.base in self.graph.nodes:
+            return self.config(self.graph.nodes[node.model.base])
+        folder = self.folder(node.model)
+        return {} if folder is None else config_of_folder(folder)
 
     def bytes_of(self, model: ModelSettings) -> int:
         return {"float32": 4, "bfloat16": 2}.get(model.dtype, self.auto_bytes)
@@ -214,6 +241,18 @@ class _Planner:
             frozen_adapters=self.frozen_adapters(node),
             scores=stage.produces == "reward",
         )
+
+    def packing(self, node: Node, stage: TrainedStage) -> PackingChoice | None:
+        """What the engine will choose, unless the model itself disagrees with its configuration."""
+        model, config = self.model(node), self.config(node)
+        if engine_of(stage) == "trl":
+            return TRL
+        if not config:
+            return None
+        dropout = isinstance(model.adapter, LoraSettings) and model.adapter.dropout > 0
+        kernel = kernel_for(self.device, half=self.bytes_of(model) == 2)
+        choice = choose(config, dropout=dropout, wanted=stage.train.packing, kernel=kernel)
+        return choice.of_batch(get_method(stage.kind).batch)  # type: ignore[attr-defined]
 
     def frozen_adapters(self, node: Node) -> int:
         """Adapters of other stages that stand beside the trained one."""
@@ -317,7 +356,10 @@ class _Planner:
     def unknown(self, node: Node) -> str:
         nodes = [self.graph.nodes[name] for name in getattr(node.stage, "candidates", [])] or [node]
         bases = sorted({self.model(each).base for each in nodes if self.size(each) is None})
-        return f"the size of {', '.join(bases)} is known once it is downloaded" if bases else ""
+        named = ", ".join(bases)
+        if isinstance(node.stage, TrainedStage) and not self.config(node):
+            return f"the size and the packing of {named} are known once it is downloaded"
+        return f"the size of {named} is known once it is downloaded" if bases else ""
 
 
 def plan_table(plan: Plan) -> Table:
@@ -338,8 +380,9 @@ def plan_table(plan: Plan) -> Table:
             table.add_row(node.name, "reference", node.state, _reference_rows(node), "", "", node.note)
             waiting.remove(node)
         state = f"resume at {row.resume_step}" if row.state == "resume" else row.state
+        notes = ([f"packing {row.packing}"] if row.packing else []) + list(row.notes)
         table.add_row(
-            row.stage, row.kind, state, _steps(row), _size(row.total_memory), _size(row.disk), "\n".join(row.notes)
+            row.stage, row.kind, state, _steps(row), _size(row.total_memory), _size(row.disk), "\n".join(notes)
         )
     for note in plan.notes:
         table.add_row("", "", "", "", "", "", note)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from align.data import DataReport
 from align.models.card import write_card
 from align.models.roles import RoleModel
 from align.models.save import MODEL, save_policy
+from align.recipe.packing import PackingChoice
 from align.spec.job import Job
 from align.spec.stages import TrainedStage
 from align.stages.memory import peak_memory
@@ -35,6 +37,7 @@ def publish_policy(
     tokenizer: Any,
     state: Mapping[str, Tensor],
     steps: int,
+    packing: PackingChoice | None,
     reports: Mapping[str, DataReport],
     judgement: Judgement | None = None,
     seconds: float,
@@ -51,6 +54,7 @@ def publish_policy(
         tokenizer: Saved beside the weights.
         state: The trained tensors, whole.
         steps: Optimizer steps that were taken.
+        packing: How log-probabilities were computed.
         reports: Data name -> what was read, dropped and quarantined.
         judgement: What became of a reward model.
         seconds: Wall time of the stage in this process.
@@ -84,6 +88,7 @@ def publish_policy(
         policy=record if settings.produces == "policy" else None,
         reward=record if settings.produces == "reward" else None,
         seed=settings.train.seed,
+        packing=asdict(packing) if packing else {},
         versions=library_versions(),
         hardware=hardware(),
         metrics=_last_values(work / "metrics.jsonl") | (judgement.metrics if judgement else {}),

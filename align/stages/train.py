@@ -162,6 +162,7 @@ def _train(job: Job, settings: TrainedStage, store: Store, material: Material, r
                 tokenizer=tokenizer,
                 state=trainer.final_state,
                 steps=trainer.state.global_step,
+                packing=trainer.packing,
                 reports=material.reports,
                 judgement=judgement,
                 seconds=time.monotonic() - began,

@@ -25,7 +25,8 @@ from align.artifacts.seal import verify
 from align.data.chat import Example
 from align.errors import TrainingError
 from align.logps import check_head
-from align.logps.engine import choose_packing
+from align.logps.engine import choose_engine
+from align.recipe.packing import PackingChoice
 from align.recipe.rope import check_rope
 from align.spec.train import ValidationSettings
 from align.training import checkpoint as ckpt
@@ -110,6 +111,8 @@ class AlignTrainer(Trainer):
         self.resumed_from_step = 0
         self.final_state: dict[str, Tensor] = {}
         """The trained tensors the stage ends with, whole, once `fit` has returned."""
+        self.packing: PackingChoice | None = None
+        """How log-probabilities are computed; known once `fit` has proven it."""
         self.references: dict[str, Sequence[Reference]] = {}
         self.stop_request = StopRequest()
         self._gradients = FiniteGradients(p for p in model.parameters() if p.requires_grad)
@@ -185,8 +188,9 @@ class AlignTrainer(Trainer):
         if self.step.role == "policy":  # a reward passes through no language model's head, and may have none
             check_head(causal_lm)
         dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.model.modules())
-        packing = choose_packing(causal_lm, dropout=dropout, wanted=self.step.config.train.packing)
-        self.step = replace(self.step, packing=packing)
+        choice = choose_engine(causal_lm, dropout=dropout, wanted=self.step.config.train.packing)
+        self.step, self.packing = replace(self.step, packing=choice.packing), choice.of_batch(self.step.method.batch)
+        logger.info("packing %s", self.packing)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Nothing yet: weights are loaded in `_prepare_for_training`, after the reference was taken."""

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict
 
 import pytest
 import torch
 
+from align.recipe import build_graph, load_recipe
+from align.recipe.plan import make_plan
 from tests.e2e.conftest import TINY, Cli
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
@@ -43,6 +46,19 @@ def test_results_as_json(tiny_run):
     assert set(results["candidates"]) == {"base", "sft", "dpo"}
     assert gold["n"] == 12
     assert gold["low"] <= gold["mean"] <= gold["high"]
+
+
+def test_what_the_plan_says_of_packing_is_what_was_done(tiny_run, tmp_path):
+    graph = build_graph(load_recipe(TINY), tmp_path)
+    planned = {row.stage: row.packing for row in make_plan(graph, lambda fingerprint: False).rows if row.trains}
+    assert {name: choice.packing for name, choice in planned.items()} == {
+        "base": "flat",
+        "sft": "flat",
+        "dpo": "shared",
+    }
+    for name, choice in planned.items():
+        assert tiny_run.manifest(name)["packing"] == asdict(choice)
+        assert f"packing {choice}" in (tiny_run.folder / "runs" / "tiny" / "logs" / f"{name}.txt").read_text()
 
 
 def test_a_second_run_reuses_everything(tiny_run):

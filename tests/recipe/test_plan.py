@@ -205,9 +205,8 @@ def test_a_model_that_is_not_here_is_said_to_be_unknown(check: Check) -> None:
     rows = plan_of(check(text.replace("candidates: [base, sft, dpo]", "candidates: [sft, dpo]")))
     assert rows["sft"].total_memory is None
     assert rows["sft"].disk is None
-    assert (
-        rows["sft"].notes == rows["best"].notes == ("the size of nobody/nothing-here is known once it is downloaded",)
-    )
+    assert rows["sft"].notes == ("the size and the packing of nobody/nothing-here are known once it is downloaded",)
+    assert rows["best"].notes == ("the size of nobody/nothing-here is known once it is downloaded",)
 
 
 def test_a_folder_is_sized_by_its_headers(check: Check, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 
 from align.data.chat import Example
 from align.errors import DataError, LaunchError, RecipeError, TrainingError
+from align.recipe.packing import TRL
 from align.stages.peer.feed import EpochOrder, micro_batch, padding_id
 from align.stages.peer.trainer import import_trl
 from align.training.schedule import Schedule
@@ -91,6 +93,7 @@ def test_the_artifact_is_one_of_aligns(world: Path, name: str, model: tuple[str,
     manifest = json.loads((peers / "manifest.json").read_text())
     assert manifest["settings"]["engine"] == "trl"
     assert manifest["steps"] == 12
+    assert manifest["packing"] == asdict(TRL)
     made = {"sft": "policy", "reward": "reward"}[name]
     record = json.loads((ours / "manifest.json").read_text())[made]
     assert manifest[made] == record | {"base": manifest["fingerprint"] if model else record["base"]}

@@ -12,6 +12,7 @@ from align.data import DataReport, Example
 from align.errors import TrainingError
 from align.methods import get_method
 from align.methods.reward import Reward
+from align.recipe.packing import TRL
 from align.spec.job import Job
 from align.spec.stages import PolicyStage
 from align.stages import start
@@ -94,6 +95,7 @@ def train_with_trl(
         tokenizer=tokenizer,
         state=state,
         steps=steps,
+        packing=TRL,
         reports=reports,
         judgement=judgement,
         seconds=time.monotonic() - began,
