@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from itertools import combinations, pairwise
-
+from align.data import select
 from align.data.records import Conversation, Dropped, Message, Pair, Prompt, Ranked, Record, Samples, Unpaired
 from align.spec.data import Conversion
+
+PAIRS_OF_SCORES = {
+    "all_pairs": select.all_pairs,
+    "adjacent_pairs": select.adjacent,
+    "best_worst": select.best_vs_worst,
+    "tournament": select.tournament,
+    "unpaired": select.best_vs_worst,
+}
+"""Which candidates of a list each conversion sets against each other."""
 
 
 def convert(record: Record, how: Conversion | None) -> list[Record]:
@@ -13,6 +21,7 @@ def convert(record: Record, how: Conversion | None) -> list[Record]:
 
     - ``all_pairs``: every two candidates of which one is better;
     - ``adjacent_pairs``: every two of different scores that follow one another when sorted, best first;
+    - ``tournament``: neighbours of the list meet, then the winners, until one is left; those of equal scores make none;
     - ``best_worst``: the best and the worst;
     - ``unpaired``: both answers of a pair, or the best and the worst of a list, the better one first and desirable;
     - ``best``: a conversation that ends with the best answer.
@@ -24,10 +33,7 @@ def convert(record: Record, how: Conversion | None) -> list[Record]:
     if how == "best":
         return [_best(record)]
     if isinstance(record, Ranked):
-        order = _order(record)
-        two = {"all_pairs": combinations(order, 2), "adjacent_pairs": pairwise(order)}.get(how)
-        picks = two or iter([(order[0], order[-1])])
-        pairs = [_pair(record, a, b) for a, b in picks if record.scores[a] > record.scores[b]]
+        pairs = [_pair(record, a, b) for a, b in PAIRS_OF_SCORES[how](record.scores)]
     else:
         assert isinstance(record, Pair)
         pairs = [record]
@@ -66,17 +72,12 @@ def _target(record: Pair | Ranked | Samples | Unpaired) -> list[Message] | None:
         return record.completion if record.label else None
     if record.target is not None or isinstance(record, Samples):
         return record.target
-    return record.chosen if isinstance(record, Pair) else record.responses[_order(record)[0]]
-
-
-def _order(record: Ranked) -> list[int]:
-    """The candidates, best first; equals in the order of the row."""
-    return sorted(range(len(record.scores)), key=lambda k: -record.scores[k])
+    return record.chosen if isinstance(record, Pair) else record.responses[select.ranked(record.scores)[0]]
 
 
 def _pair(record: Ranked, chosen: int, rejected: int) -> Pair:
     responses = record.responses
-    target: list[Message] = record.target or responses[_order(record)[0]]
+    target: list[Message] = record.target or responses[select.ranked(record.scores)[0]]
     return Pair(record.row, record.prompt, responses[chosen], responses[rejected], record.weight, target=target)
 
 
@@ -89,5 +90,5 @@ def _apart(pair: Pair) -> tuple[Unpaired, Unpaired]:
 
 def _best(record: Record) -> Conversation:
     assert isinstance(record, Pair | Ranked)
-    best = record.chosen if isinstance(record, Pair) else record.responses[_order(record)[0]]
+    best = record.chosen if isinstance(record, Pair) else record.responses[select.ranked(record.scores)[0]]
     return Conversation(record.row, [*record.prompt, *best], record.weight)

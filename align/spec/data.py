@@ -50,12 +50,13 @@ RECORDS_OF_FORMAT: dict[str, str] = {
 }
 """The record type each format is read as. What has a prompt also serves where a prompt is wanted."""
 
-Conversion = Literal["all_pairs", "best_worst", "adjacent_pairs", "unpaired", "best"]
+Conversion = Literal["all_pairs", "best_worst", "adjacent_pairs", "tournament", "unpaired", "best"]
 
 RECORDS_OF_CONVERSION: dict[Conversion, tuple[tuple[str, ...], str]] = {
     "all_pairs": (("ranked",), "pair"),
     "best_worst": (("ranked",), "pair"),
     "adjacent_pairs": (("ranked",), "pair"),
+    "tournament": (("ranked",), "pair"),
     "unpaired": (("pair", "ranked"), "unpaired"),
     "best": (("ranked", "pair"), "conversation"),
 }
@@ -155,8 +156,9 @@ class DataSettings(Settings):
     system: str | None = None
     """A system message put before every conversation that has none."""
     convert: Conversion | None = added(None)
-    """What its records are made into: pairs of candidates (`all_pairs`, `best_worst`, `adjacent_pairs`), single
-    completions (`unpaired`: the chosen one is desirable, the rejected one is not), or a conversation with the `best`.
+    """What its records are made into: pairs of candidates (`all_pairs`, `best_worst`, `adjacent_pairs`, `tournament`),
+    single completions (`unpaired`: the chosen one is desirable, the rejected one is not), or a conversation with the
+    `best`.
     """
     max_bad_rows: float = Field(default=0.01, ge=0.0, le=1.0)
     """Share of malformed rows (quarantined) above which the run stops with exit code 3."""

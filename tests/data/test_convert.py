@@ -51,6 +51,10 @@ def letters(records: list[Record]) -> list[str]:
         ("best_worst", (2, 2, 1, 1), ["ad"]),
         ("adjacent_pairs", (1, 3, 2), ["bc", "ca"]),
         ("adjacent_pairs", (4, 3, 3, 1), ["ab", "cd"]),
+        ("tournament", (1, 3, 2), ["ba", "bc"]),
+        ("tournament", (2, 2, 1, 1), ["ac"]),
+        # The vector `slic_tournament`.
+        ("tournament", (0.3, 0.9, 0.1, 0.5, 0.8, 0.2, 0.7, 0.4), ["ba", "dc", "ef", "gh", "bd", "eg", "be"]),
     ],
 )
 def test_pairs_of_a_list(how: Conversion, scores: tuple[float, ...], pairs: list[str]) -> None:
@@ -64,13 +68,14 @@ scores_of_a_list = st.lists(st.integers(-3, 3), min_size=2, max_size=8).filter(l
 def test_pairs_are_in_the_order_of_the_scores(scores: list[int]) -> None:
     record = ranked(*scores)
     value = dict(zip("abcdefgh", scores, strict=False))
-    pairs = {how: letters(convert(record, how)) for how in ("all_pairs", "adjacent_pairs", "best_worst")}
+    pairs = {how: letters(convert(record, how)) for how in ("all_pairs", "adjacent_pairs", "tournament", "best_worst")}
     for found in pairs.values():
         assert found
         assert all(value[a] > value[b] for a, b in found)
     assert len(pairs["all_pairs"]) == sum(a != b for a, b in combinations(scores, 2))
     assert len(pairs["adjacent_pairs"]) == len(set(scores)) - 1
-    assert set(pairs["adjacent_pairs"] + pairs["best_worst"]) <= set(pairs["all_pairs"])
+    assert set(pairs["adjacent_pairs"] + pairs["tournament"] + pairs["best_worst"]) <= set(pairs["all_pairs"])
+    assert len(pairs["tournament"]) <= len(scores) - 1
     ((best, worst),) = pairs["best_worst"]
     assert (value[best], value[worst]) == (max(scores), min(scores))
 
@@ -127,6 +132,7 @@ MADE = {
     # records besides one of each, examples, duplicates
     "all_pairs": (2, 4, 1),
     "adjacent_pairs": (1, 3, 1),
+    "tournament": (1, 3, 1),
     "best_worst": (0, 3, 0),
     "unpaired": (3, 5, 1),
     "best": (0, 2, 1),
@@ -190,7 +196,7 @@ def test_rows_are_counted_as_far_as_they_tell(tmp_path: Path) -> None:
 
     assert [count(how) for how in (None, "best", "best_worst", "unpaired")] == [5, 5, 5, 10]
     assert count("unpaired", limit=2) == 4
-    assert count("all_pairs") is count("adjacent_pairs") is None
+    assert count("all_pairs") is count("adjacent_pairs") is count("tournament") is None
 
 
 RECIPE = """\
@@ -236,7 +242,7 @@ def check(tmp_path: Path) -> Check:
             "ranked, convert: unpaired",
             "simpo",
             "6: stages.one.data: `rows` has the format ranked and convert: unpaired, which holds unpaired records",
-            "or write `convert: all_pairs | best_worst | adjacent_pairs` in `ranked` data",
+            "or write `convert: all_pairs | best_worst | adjacent_pairs | tournament` in `ranked` data",
         ),
         (
             "alpaca, convert: all_pairs",
@@ -275,9 +281,9 @@ def test_conversions_serve_the_stages_they_are_made_for(check: Check) -> None:
 
 
 def test_a_conversion_counts_in_the_fingerprint_and_its_absence_does_not(check: Check) -> None:
-    hows = ("all_pairs", "best_worst", "adjacent_pairs")
+    hows = ("all_pairs", "best_worst", "adjacent_pairs", "tournament")
     made = {how: check(f"ranked, convert: {how}", "simpo").nodes["one"] for how in hows}
-    assert len({node.fingerprint for node in made.values()}) == 3
+    assert len({node.fingerprint for node in made.values()}) == 4
     assert [node.data["rows"].convert for node in made.values()] == list(hows)
     without = check("pairs", "simpo").nodes["one"]
     assert without.fingerprint == check("pairs, convert: null", "simpo").nodes["one"].fingerprint
