@@ -159,14 +159,14 @@ def kl_estimate(logps: Tensor, reference: Tensor, estimator: str) -> Tensor:
 
     Args:
         logps: [N] under the policy.
-        reference: [N] under the reference.
+        reference: [N] under the reference; no gradient goes there.
         estimator: `k1`, `k2` or `k3`.
 
     Example:
         >>> [round(kl_estimate(torch.tensor(-1.0), torch.tensor(-1.2), k).item(), 6) for k in ("k1", "k2", "k3")]
         [0.2, 0.02, 0.018731]
     """
-    d = logps - reference
+    d = logps - reference.detach()
     return {"k1": lambda: d, "k2": lambda: d * d / 2, "k3": lambda: torch.expm1(-d) + d}[estimator]()
 
 
@@ -248,6 +248,7 @@ def group_std(values: Tensor, group: Tensor, *, unbiased: bool = True) -> Tensor
 def clipped(policy: Tensor, old: Tensor, advantages: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
     """max(-A rho, -A clip(rho, 1 - low, 1 + high)) with rho = exp(policy - old), and where the clipping cuts.
 
+    No gradient goes to what was found out at the rollout.
     *Source*: arXiv:1707.06347, eq. 7.
 
     Args:
@@ -260,7 +261,7 @@ def clipped(policy: Tensor, old: Tensor, advantages: Tensor, low: float, high: f
     Returns:
         The loss, and 1 where it has no gradient because of the clipping.
     """
-    ratio = torch.exp(policy - old)
+    ratio, advantages = torch.exp(policy - old.detach()), advantages.detach()
     free, held = -advantages * ratio, -advantages * ratio.clamp(1 - low, 1 + high)
     return torch.maximum(free, held), (held > free).to(policy.dtype).detach()
 

@@ -107,11 +107,12 @@ def ppo_loss(batch: RolloutLogps, config: PPO) -> LossOutput:
     assert batch.old_values is not None
     assert batch.returns is not None
     loss, cut = clipped(batch.policy, batch.old, batch.advantages, config.clip, config.clip)
-    error = (batch.values - batch.returns) ** 2
+    returns = batch.returns.detach()
+    error = (batch.values - returns) ** 2
     moved = torch.zeros_like(error)
     if config.value_clip is not None:
-        low, high = batch.old_values - config.value_clip, batch.old_values + config.value_clip
-        held = (torch.clamp(batch.values, low, high) - batch.returns) ** 2
+        old = batch.old_values.detach()
+        held = (torch.clamp(batch.values, old - config.value_clip, old + config.value_clip) - returns) ** 2
         moved, error = (held > error).to(error.dtype), torch.maximum(error, held)
     terms = {
         "policy": Term(loss * weight, weight),

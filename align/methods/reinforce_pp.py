@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from align.methods import method
@@ -51,13 +51,19 @@ class ReinforcePP(RolloutStage, PenalisedKL, Clipped, EntropyBonus):
     completions: int = Field(default=1, ge=1)
     """Completions per prompt."""
     baseline: Literal["none", "group"] = "none"
-    """Whether the mean score of the prompt's completions is taken off first; there have to be some."""
+    """Whether the mean score of the prompt's completions is taken off first; there have to be two or more."""
     gamma: float = Field(default=1.0, gt=0.0, le=1.0)
     """Discount."""
     aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
     """What tokens are averaged over."""
     unbiased_variance: bool = True
     """Whether the variance is divided by one less than there are tokens."""
+
+    @model_validator(mode="after")
+    def _compared(self) -> ReinforcePP:
+        if self.baseline == "group" and self.completions < 2:
+            raise ValueError("`baseline: group` compares the completions of a prompt: write `completions: 2` or more")
+        return self
 
 
 def reinforce_pp_advantages(rollout: Rollout, config: ReinforcePP) -> Advantages:
