@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from align.methods import Method
+from align.spec.online import RolloutStage
 from align.types import (
     Batch,
     Logps,
@@ -17,17 +18,21 @@ from align.types import (
     PairedLogps,
     RankedLogps,
     RankedRewards,
+    RolloutLogps,
     TokensLogps,
     UnpairedLogps,
     map_logps,
 )
+from tests.methods.rollouts import COMPLETIONS, learnt, random_rollout
 
 Rows = slice | Tensor
 
 
 def config_of(method: Method, **settings: Any) -> Any:
     """Settings of a method with every required field filled in."""
-    required = {name: "x" for name, f in method.config.model_fields.items() if f.is_required()}
+    required: dict[str, Any] = {name: "x" for name, f in method.config.model_fields.items() if f.is_required()}
+    if issubclass(method.config, RolloutStage):
+        required |= {"scorers": ["x"], "completions": COMPLETIONS}
     return method.config(**(required | settings))
 
 
@@ -81,8 +86,19 @@ def random_rewards(n: int, seed: int, dtype: torch.dtype = torch.float64) -> Ran
     return RankedRewards(rewards, scores, prompt, random_weight(n, seed, dtype), margin)
 
 
-def random_batch(method: Method, n: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Any:
-    """A batch of `n` examples with everything that any settings of the method may read."""
+def random_rollout_logps(method: Method, n: int, seed: int, dtype: torch.dtype, config: Any) -> RolloutLogps:
+    """`n` completions of a larger rollout, with the advantages that the method makes of it under these settings."""
+    rollout = random_rollout(n // COMPLETIONS + 2, seed, dtype, beta=getattr(config, "pull", 0.0))
+    return part(learnt(method, rollout, config, seed), slice(0, n))
+
+
+def random_batch(method: Method, n: int, seed: int = 0, dtype: torch.dtype = torch.float64, config: Any = None) -> Any:
+    """A batch of `n` examples (completions, of a rollout) with everything that any settings of the method may read.
+
+    What is made of a rollout beforehand depends on the settings; `config` says which, if not the default ones.
+    """
+    if method.batch is Batch.ROLLOUT:
+        return random_rollout_logps(method, n, seed, dtype, config or config_of(method))
     if method.batch is Batch.TOKENS:
         return TokensLogps(random_logps(n, seed, dtype), random_weight(n, seed, dtype))
     if method.batch is Batch.PAIRED:
@@ -102,7 +118,9 @@ def means(statistic: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def part(batch: Any, rows: Rows) -> Any:
-    """Some examples of a batch, in the order of `rows`; statistics are those of the whole."""
+    """Some examples of a batch (completions, of a rollout), in the order of `rows`; statistics are of the whole."""
+    if isinstance(batch, RolloutLogps):
+        return _completions(batch, torch.arange(len(batch.weight))[rows])
     if not isinstance(batch, RankedLogps | RankedRewards):
         return map_logps(batch, lambda t: t[rows])
     picked = torch.arange(len(batch.weight))[rows].tolist()
@@ -118,13 +136,25 @@ def part(batch: Any, rows: Rows) -> Any:
     return type(batch)(prompt=owner, **taken)
 
 
+def _completions(batch: RolloutLogps, picked: Tensor) -> RolloutLogps:
+    which = torch.cat([(batch.owner == c).nonzero().flatten() for c in picked])
+    of_completions = {"length", "weight"}
+    taken = {
+        f.name: map_logps(getattr(batch, f.name), lambda t, f=f: t[picked if f.name in of_completions else which])
+        for f in fields(batch)
+    }
+    return RolloutLogps(**taken | {"owner": torch.arange(len(picked)).repeat_interleave(batch.length[picked])})
+
+
 def floating(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
     """The batch with `function` applied to numbers, not to indices."""
     return map_logps(batch, lambda t: function(t) if t.is_floating_point() else t)
 
 
 def policy_leaves(batch: Any) -> list[Tensor]:
-    """What the policy (or the scalar head) said, made leaves."""
+    """What the policy (or the scalar head, or both) said, made leaves."""
+    if isinstance(batch, RolloutLogps):
+        return [t.requires_grad_() for t in (batch.policy, batch.values) if t is not None]
     if isinstance(batch, RankedRewards):
         return [batch.rewards.requires_grad_()]
     names = {PairedLogps: ("chosen", "rejected"), RankedLogps: ("candidates",)}.get(type(batch), ("policy",))
@@ -139,6 +169,8 @@ def wanted(batch: Any) -> tuple[Tensor, Tensor | None]:
         return batch.chosen.total.grad, batch.rejected.total.grad
     if isinstance(batch, UnpairedLogps):
         return batch.policy.total.grad[batch.label == 1], batch.policy.total.grad[batch.label == 0]
+    if isinstance(batch, RolloutLogps):
+        return batch.policy.grad[batch.advantages > 0], batch.policy.grad[batch.advantages < 0]
     leaf = batch.rewards if isinstance(batch, RankedRewards) else batch.candidates.total
     same = batch.prompt[:, None] == batch.prompt[None, :]
     better = ((batch.scores[:, None] > batch.scores[None, :]) & same).any(0)
@@ -147,7 +179,10 @@ def wanted(batch: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def reference_leaves(batch: Any) -> list[Tensor]:
-    """What the reference said, made leaves; none without a reference."""
+    """What the reference said, made leaves; none without a reference. Of a rollout all that was fixed beforehand."""
+    if isinstance(batch, RolloutLogps):
+        frozen = (batch.reference, batch.old, batch.advantages, batch.old_values, batch.returns)
+        return [t.requires_grad_() for t in frozen if t is not None]
     frozen = getattr(batch, "reference", None)
     if frozen is None:
         return []

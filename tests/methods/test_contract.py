@@ -27,6 +27,7 @@ from tests.methods.batches import (
     tensors,
     wanted,
 )
+from tests.methods.rollouts import learnt, random_rollout
 
 SUMS = "does the loss take a mean, or mix examples? return one value per example and its weight"
 
@@ -131,7 +132,12 @@ def test_the_reference_is_read_exactly_if_it_is_declared(method: Method):
     if not method.reference:
         return
     batch, config = random_batch(method, 4), config_of(method)
-    moved = replace(batch, reference=random_batch(method, 4, seed=5).reference)
+    if method.batch is Batch.ROLLOUT:  # a KL in the reward is read by `advantages`, one in the loss by the loss
+        rollout = random_rollout(2)
+        elsewhere = replace(rollout, reference=rollout.reference - 0.5)
+        batch, moved = (learnt(method, each, config) for each in (rollout, elsewhere))
+    else:
+        moved = replace(batch, reference=random_batch(method, 4, seed=5).reference)
     own, other = method.loss(batch, config).loss.item(), method.loss(moved, config).loss.item()
     assert own != pytest.approx(other), "the loss declares a reference and does not read it"
 
@@ -185,21 +191,30 @@ READ_ELSEWHERE = {
     "sft": {"loss_on"},  # where the mask of trained tokens is made; tests/data/test_chat.py shows it
     "pretrain": {"architecture", "tokenizer"},
     "reward": {"normalise", "normalise_prompts", "generation"},  # once the model is trained; tests/stages shows it
+    "ppo": {"critic_start", "critic_learning_rate", "ptx", "ptx_weight"},  # where the critic and the text are trained
 }
+MIXED_IN = {"clip", "entropy_weight", "beta", "kl_estimator"}
+"""Settings of `align.spec.online` that a loss, or what makes its advantages, reads."""
 
 
 def own_settings(method: Method) -> set[str]:
     """What the method's class adds to its bases, so that its loss has to read it."""
     bases = [base for base in method.config.__mro__ if base.__module__.startswith("align.spec.")]
-    shared = {name for base in bases for name in base.model_fields} | {"kind", "data"}
+    shared = {name for base in bases for name in base.model_fields} | {"kind", "data", "completions"}
     return set(method.config.model_fields) - shared - READ_ELSEWHERE.get(method.kind, set())
+
+
+def loss_under(method: Method, config: Any) -> float:
+    """The loss of a batch; if it is of a rollout, with the advantages that these settings make of it."""
+    return method.loss(random_batch(method, 6, config=config), config).loss.item()
 
 
 def values_of(method: Method, name: str) -> Iterator[Any]:
     """Some values that the setting may have, its default aside."""
     field = method.config.model_fields[name]
     literal = get_origin(field.annotation) is Literal
-    for value in get_args(field.annotation) if literal else (True,) if field.annotation is bool else (0.0, 0.4, 3.0):
+    other: tuple[Any, ...] = (True, False) if field.annotation is bool else (0.0, 0.4, 3.0)
+    for value in get_args(field.annotation) if literal else other:
         try:
             if config_of(method, **{name: value}) != config_of(method):
                 yield value
@@ -209,13 +224,13 @@ def values_of(method: Method, name: str) -> Iterator[Any]:
 
 def test_every_own_setting_is_read_unless_it_is_declared_unread(method: Method):
     """In the default settings and in those that differ from them by one: some value of a setting changes the loss."""
-    batch, names = random_batch(method, 6), sorted(own_settings(method))
-    unread = declared(method.config)
-    for changed in [{}] + [{name: value} for name in names for value in values_of(method, name)]:
-        before = method.loss(batch, config_of(method, **changed)).loss.item()
-        for name in set(names) - set(changed):
+    names, unread = own_settings(method), declared(method.config)
+    shared = MIXED_IN & method.config.model_fields.keys() if method.batch is Batch.ROLLOUT else set()
+    for changed in [{}] + [{name: value} for name in sorted(names) for value in values_of(method, name)]:
+        before = loss_under(method, config_of(method, **changed))
+        for name in (names | shared) - set(changed):
             configs = [config_of(method, **changed, **{name: value}) for value in values_of(method, name)]
-            read = any(method.loss(batch, c).loss.item() != pytest.approx(before, rel=1e-9) for c in configs)
+            read = any(loss_under(method, c) != pytest.approx(before, rel=1e-9) for c in configs)
             said = [any(each.field == name and each.when(c) for each in unread) for c in configs]
             assert read != all(said), f"{method.kind} with {changed}: {name} is {'read' if read else 'not read'}"
 
@@ -276,6 +291,8 @@ def one_step(method: Method, examples: list[Example], pack_tokens: int, config: 
 
 def test_packs_and_their_padding_do_not_matter(method: Method):
     """One pack of everything, padded to the longest row, or one per example."""
+    if method.batch is Batch.ROLLOUT:
+        pytest.skip("`Step` makes no batches of rollouts")
     configs = [config_of(method)]
     if Needs.PROMPT_LOGPS in method.needs:
         configs.append(config_of(method, loss_on="all"))
