@@ -1,7 +1,8 @@
 """Rows that say which answer is better: pairs, votes on two answers, ranked lists, single answers with a label.
 
 A candidate that says nothing, says it again or has no score is left off its list, which is noted; a list of which fewer
-than two remain, or all with one score, is dropped.
+than two remain, or all with one score, is dropped. An answer that was judged more than once has the mean of its scores:
+which of them stands first is chance.
 """
 
 from __future__ import annotations
@@ -236,7 +237,7 @@ def _ranked(
     prompt = columns.with_system(prompt)
     check_turns(prompt, "prompt")
     kept: list[list[Message]] = []
-    points: list[float] = []
+    judged: list[list[float]] = []
     rules: list[str] = []
     for answer, score in zip(answers, scores, strict=True):
         try:
@@ -244,18 +245,25 @@ def _ranked(
         except Dropped as error:
             rules.append(error.rule)
             continue
-        if score is None or answer in kept:
-            rules.append(NO_SCORE if score is None else SAID_TWICE)
-            continue
-        kept.append(answer)
-        points.append(score)
+        if score is None:
+            rules.append(NO_SCORE)
+        elif answer in kept:
+            rules.append(SAID_TWICE)
+            judged[kept.index(answer)].append(score)
+        else:
+            kept.append(answer)
+            judged.append([score])
     if len(kept) < 2:
         raise Dropped(TOO_FEW)
+    points = [own[0] if len(set(own)) == 1 else sum(own) / len(own) for own in judged]
     if len(set(points)) == 1:
         raise Dropped(TIED)
     record = Ranked(number, prompt, kept, points, columns.target(prompt), columns.weight())
     for rule in rules:
         columns.note(left_off(rule))
+    for own in judged:
+        if len(set(own)) > 1:
+            columns.note("answer with several scores has their mean")
     return record
 
 

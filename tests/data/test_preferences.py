@@ -259,13 +259,38 @@ def test_rows_with_nothing_to_learn_from_are_dropped(format: Any, row: dict[str,
 
 def test_candidates_that_say_nothing_new_are_left_off_and_noted() -> None:
     parser = Parser("ranked")
-    row = {"prompt": "why", "responses": ["so", "", "so", "no", "hm"], "scores": [1, 4, 5, 2, None]}
+    row = {"prompt": "why", "responses": ["so", "", "so", "no", "hm"], "scores": [1, 4, 1, 2, None]}
     assert parser.parse(5, row) == ranked("so", "no", scores=[1.0, 2.0])
     assert parser.noted == {
         "candidate left off: empty completion": 1,
         "candidate left off: said by an earlier one": 1,
         "candidate left off: no score": 1,
     }
+
+
+@pytest.mark.parametrize(
+    ("responses", "scores", "expected"),
+    [
+        (["so", "no", "so"], [1, 2, 5], [3.0, 2.0]),
+        (["so", "no", "so", "so"], [1, 2, 1, 4], [2.0, 2.0]),
+        (["so", "no", "so"], [None, 2, 5], [2.0, 5.0]),
+        (["so", "so", "no"], None, [-0.5, -2.0]),
+        (["so", "no", "so"], None, [-1.0, -1.0]),
+    ],
+    ids=["better after all", "a tie", "judged once", "best first", "first and last"],
+)
+def test_an_answer_that_was_judged_twice_has_the_mean_of_its_scores(
+    responses: list[str], scores: list[float | None] | None, expected: list[float]
+) -> None:
+    parser = Parser("ranked")
+    row = {"prompt": "why", "responses": responses} | ({} if scores is None else {"scores": scores})
+    if len(set(expected)) == 1:
+        with pytest.raises(Dropped, match="all candidates tied"):
+            parser.parse(0, row)
+        return
+    said = ["no", "so"] if scores and scores[0] is None else ["so", "no"]
+    assert parser.parse(5, row) == ranked(*said, scores=expected)
+    assert parser.noted["answer with several scores has their mean"] == (0 if scores and None in scores else 1)
 
 
 def test_lists_without_scores_are_noted() -> None:

@@ -19,6 +19,7 @@ from tests.data.tokenizers import tokenizer_of
 NO_INPUT = "input that says there is none"
 EMPTY = "candidate left off: empty completion"
 REPEATED = "candidate left off: said by an earlier one"
+JUDGED_TWICE = "answer with several scores has their mean"
 QA = {"prompt": "question", "completion": "answer"}
 BBH = {"prompt": "input", "completion": "target"}
 
@@ -65,14 +66,14 @@ FILES: dict[str, tuple[str, dict[str, str], int, dict[str, int], dict[str, int]]
         {},
         775,
         {"fewer than two candidates": 3},
-        {"list without scores read as best first": 775, REPEATED: 3},
+        {"list without scores read as best first": 775, REPEATED: 3, JUDGED_TWICE: 3},
     ),
     "ranked/mtbench_gpt4_single_ranked_k5.jsonl": (
         "mt_bench",
         {},
         80,
         {"all candidates tied": 3},
-        {EMPTY: 1, REPEATED: 10},
+        {EMPTY: 1, REPEATED: 10, JUDGED_TWICE: 3},
     ),
 }
 
