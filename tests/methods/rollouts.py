@@ -77,6 +77,16 @@ def random_rollout(prompts: int, seed: int = 0, dtype: torch.dtype = torch.float
     )
 
 
+def of_prompts(rollout: Rollout, prompts: list[int]) -> Rollout:
+    """The completions of some prompts, in that order."""
+    picked = torch.cat([(rollout.prompt == p).nonzero().flatten() for p in prompts])
+    which = torch.cat([(rollout.owner == c).nonzero().flatten() for c in picked])
+    per_token = {name: getattr(rollout, name)[which] for name in ("logps", "reference", "values")}
+    per_completion = {name: getattr(rollout, name)[picked] for name in ("scores", "length", "kept")}
+    order = torch.arange(len(prompts)).repeat_interleave(torch.bincount(rollout.prompt)[prompts])
+    return replace(rollout, prompt=order, **per_token, **per_completion)
+
+
 def learnt(method: Method, rollout: Rollout, config: Any, seed: int = 0) -> RolloutLogps:
     """A batch of a whole rollout, when policy and critic have moved since; what is dropped has weight 0."""
     found: Advantages = method.advantages(rollout, config)
