@@ -32,7 +32,7 @@ class RolloutStage(PolicyStage):
         ),
     )
 
-    prompts: Annotated[str, DataRef(("prompt", "conversation", "pair", "ranked", "unpaired"))]
+    prompts: Annotated[str, DataRef(("prompt", "conversation", "pair", "ranked", "samples", "unpaired"))]
     """What is asked; of records with answers the prompts alone."""
     reward: Annotated[str, StageRef("reward")] | None = None
     """The stage whose reward model scores completions."""

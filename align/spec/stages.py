@@ -113,8 +113,8 @@ class CompareStage(Stage):
     candidates: Annotated[list[Annotated[str, StageRef("policy")]], Field(min_length=1)]
     baseline: PolicyRef
     """The candidate that win rates and KL are taken against."""
-    prompts: Annotated[str, DataRef(("prompt", "conversation", "pair"))]
-    """Held-out prompts."""
+    prompts: Annotated[str, DataRef(("prompt", "conversation", "pair", "ranked", "samples", "unpaired"))]
+    """Held-out prompts; of records with answers the prompts alone."""
     scorers: list[Annotated[str, Registered("align.scorers")]] = Field(default_factory=list)
     """Names of registered scorers (entry point group `align.scorers`); the first decides win rates."""
     generation: GenerationSettings = GenerationSettings()

@@ -12,9 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from align.data import DataReport, Example, load_examples, load_prompts, split_validation, training_texts
-from align.data.check import first_examples, shared_prompts
+from align.data.check import RECORDS_OF_BATCH, RECORDS_WITH_PROMPT, first_examples, shared_prompts
 from align.errors import DataError, RecipeError
+from align.methods import get_method
+from align.recipe.schema import stage_kinds
+from align.spec.base import DataRef
 from align.spec.data import FileData
+from align.spec.stages import Stage
 from align.types import Batch
 from tests.data.tokenizers import tokenizer_of
 
@@ -212,6 +216,24 @@ def test_pairs_and_their_contradictions(tmp_path: Path) -> None:
 def test_formats_that_do_not_fit_the_method(tmp_path: Path, format: str, batch: Batch) -> None:
     with pytest.raises(RecipeError, match=f"format {format} gives"):
         load(lines(tmp_path / "rows.jsonl", qa("a", "b"), format=format), batch)
+
+
+def references(stage: type[Stage]) -> dict[str, set[str]]:
+    """Fields of a stage that name data -> the kinds of records that may stand there."""
+    marks = ((name, mark) for name, field in stage.model_fields.items() for mark in field.metadata)
+    return {name: set(mark.records) for name, mark in marks if isinstance(mark, DataRef)}
+
+
+def test_stages_may_name_what_their_readers_read() -> None:
+    kinds = stage_kinds()
+    for kind, stage in kinds.items():
+        asked = references(stage)
+        if "prompts" in asked:
+            assert asked["prompts"] == set(RECORDS_WITH_PROMPT), kind
+        if "data" in asked:
+            assert asked["data"] == set(RECORDS_OF_BATCH[get_method(kind).batch]), kind
+    assert {"prompts"} == set(references(kinds["compare"]))
+    assert {"data"} == set(references(kinds["rrhf"]))
 
 
 def test_a_system_message_for_texts_is_refused(tmp_path: Path) -> None:
