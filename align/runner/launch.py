@@ -30,6 +30,7 @@ STOP_SECONDS = 60.0
 PATIENCE_SECONDS = 1.0
 """Service managers send several signals at once; a person who wants an end now comes later."""
 RESUME = "run the same command again to resume"
+RESTART = "run the same command again; the stage starts from its beginning, for engine: trl keeps no checkpoints"
 
 
 class Preempted(AlignError):
@@ -214,13 +215,19 @@ class Worker:
         Raises:
             AlignError: Of the class whose exit code the worker ended with.
         """
-        error = failure(self.job.stage, self.status, self.process.returncode, self.received, log)
+        again = again_of(self.job)
+        error = failure(self.job.stage, self.status, self.process.returncode, self.received, log, again)
         if error is not None:
             raise error
 
 
+def again_of(job: Job) -> str:
+    """What the same command does when a worker of this job was stopped."""
+    return RESTART if job.settings.get("engine") == "trl" else RESUME
+
+
 def failure(
-    stage: str, status: Status | None, code: int, received: signal.Signals | None, log: Path
+    stage: str, status: Status | None, code: int, received: signal.Signals | None, log: Path, again: str = RESUME
 ) -> AlignError | None:
     """What ended a worker, as the error to tell; None if it is done.
 
@@ -233,6 +240,7 @@ def failure(
         code: Its return code, negative for a signal.
         received: The signal that was handed on to it.
         log: Its log, where the user finds it.
+        again: What happens when the same command is run again.
     """
     where = f"stage {stage}"
     if status is not None and status.state == "done":
@@ -241,11 +249,12 @@ def failure(
         return Preempted(status.message, where=where, fix=RESUME)
     if received is not None:
         kind = Interrupted if received == signal.SIGINT else Terminated
-        return kind(f"stopped by {received.name} before it could save", where=where, fix=RESUME)
+        saved = " before it could save" if again == RESUME else ""
+        return kind(f"stopped by {received.name}{saved}", where=where, fix=again)
     if status is not None and status.state == "failed":
         return error_class(status.exit_code or 1)(f"{status.message}\n  log: {log}", where=where)
     return TrainingError(
-        f"the worker {ending(code)} without a word; the end of its log ({log}):\n{tail(log)}", where=where, fix=RESUME
+        f"the worker {ending(code)} without a word; the end of its log ({log}):\n{tail(log)}", where=where, fix=again
     )
 
 

@@ -22,13 +22,14 @@ from align.recipe.suggest import did_you_mean
 from align.report.page import write_report
 from align.runner.folder import RunFolder, RunRecord, StageRecord
 from align.runner.job import make_job
-from align.runner.launch import RESUME, Preempted, Worker
+from align.runner.launch import RESTART, RESUME, Preempted, Worker, again_of
 from align.runner.progress import MetricsTail, StageProgress, clock
 from align.runner.results import keep_results, run_results, show_results
 from align.spec.stages import engine_of
 
 POLL_SECONDS = 0.2
-RESUME_FORCED = "run it again without --from to resume"
+AGAIN, AGAIN_FORCED = "run the same command again", "run it again without --from"
+"""With `--from` the same command would make again what has been made by now."""
 TRACKERS = {"wandb": ("wandb",), "tensorboard": ("tensorboard", "tensorboardX")}
 """What `logging.report_to` may name -> the packages that do for it."""
 
@@ -108,8 +109,8 @@ def run_recipe(
             run.discard(again)
             results = {node.name: run.stage(node) for node in nodes}
         except AlignError as error:
-            if from_ is not None and error.fix == RESUME:
-                error.fix = RESUME_FORCED
+            if from_ is not None and error.fix in (RESUME, RESTART):
+                error.fix = error.fix.replace(AGAIN, AGAIN_FORCED)
             with suppress(AlignError):  # the page tells how far it came; its own trouble is not the one to tell
                 write_report(folder.path, folder.report)
             raise
@@ -235,7 +236,8 @@ class _Run:
                 while not worker.wait(POLL_SECONDS):
                     progress.update(worker.status, metrics.read())
                     if worker.received is not None:
-                        progress.tell(f"{worker.received.name}: saving and stopping; once more ends it at once")
+                        saving = "saving and stopping" if again_of(job) == RESUME else "stopping, and nothing is kept"
+                        progress.tell(f"{worker.received.name}: {saving}; once more ends it at once")
             self.folder.keep_log(node.name, worker.log)
             worker.check(self.folder.log(node.name))
             artifact = self.store.get(node.fingerprint)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from align.artifacts.lock import is_locked
 from align.errors import ArtifactError
 from align.runner.folder import RunFolder, StageRecord
-from align.runner.launch import WORKER_LOCK, read_status
-from align.spec.job import Status
+from align.runner.launch import RESUME, WORKER_LOCK, again_of, read_status
+from align.spec.job import Job, Status
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,17 @@ def _view(name: str, stage: StageRecord, alive: bool) -> StageView:
     if stage.work and is_locked(Path(stage.work) / WORKER_LOCK):
         state, message = "running", worker.message if worker else ""  # also where its runner is gone
     elif state == "running" and not alive:
-        return StageView(name, "stopped", *_steps(worker), stage.seconds, "run it again to resume")
+        return StageView(name, "stopped", *_steps(worker), stage.seconds, _again(Path(stage.work)))
     return StageView(name, state, *_steps(worker), stage.seconds, message)
+
+
+def _again(work: Path) -> str:
+    """What running it again does."""
+    try:
+        job = Job.model_validate_json((work / "job.json").read_bytes())
+    except (OSError, ValidationError):
+        return "run it again"
+    return "run it again to resume" if again_of(job) == RESUME else "run it again; it starts from its beginning"
 
 
 def _steps(worker: Status | None) -> tuple[int, int]:

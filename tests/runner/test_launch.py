@@ -15,6 +15,7 @@ from align.runner.launch import (
     Preempted,
     Terminated,
     Worker,
+    again_of,
     command,
     ending,
     environment,
@@ -111,6 +112,22 @@ def test_how_a_worker_ended(
         assert error.message == f"{status['message']}\n  log: {log}"
     else:
         assert error.fix == "run the same command again to resume"
+
+
+@pytest.mark.parametrize("engine", ["align", "trl"])
+def test_a_stage_that_keeps_no_checkpoints_is_not_said_to_resume(tmp_path: Path, engine: str) -> None:
+    (tmp_path / "log").touch()
+    again = again_of(job(tmp_path, settings={"kind": "sft", "data": "rows", "engine": engine}))
+    stopped = failure("sft", Status(state="failed", exit_code=1), 1, signal.SIGINT, tmp_path / "log", again)
+    killed = failure("sft", None, -9, None, tmp_path / "log", again)
+    for error in (stopped, killed):
+        assert error is not None
+        assert error.fix is not None
+        assert error.fix.startswith("run the same command again")
+        assert ("to resume" in error.fix) == (engine == "align")
+        assert ("starts from its beginning" in error.fix) == (engine == "trl")
+    assert stopped is not None
+    assert ("before it could save" in stopped.message) == (engine == "align")
 
 
 def test_a_silent_death_shows_the_end_of_the_log(tmp_path: Path) -> None:

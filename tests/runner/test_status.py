@@ -11,6 +11,7 @@ from align.runner.folder import RunFolder, RunRecord, StageRecord
 from align.runner.status import StageView, read_run
 from align.runner.tables import status_table
 from align.spec.job import Status
+from tests.runner.test_launch import job
 
 
 @pytest.fixture
@@ -20,6 +21,7 @@ def folder(tmp_path: Path) -> RunFolder:
     work.mkdir()
     status = Status(state="running", step=120, total_steps=400, message="training")
     (work / "status.json").write_text(status.model_dump_json())
+    (work / "job.json").write_text(job(work).model_dump_json())
     made = RunFolder.of("demo", tmp_path)
     made.path.mkdir(parents=True)
     stages = {
@@ -40,8 +42,20 @@ def test_a_run_under_way(folder: RunFolder) -> None:
         ]
 
 
-def test_a_run_whose_runner_is_gone_is_stopped(folder: RunFolder) -> None:
-    assert read_run(folder)[1] == StageView("sft", "stopped", 120, 400, 0.0, "run it again to resume")
+@pytest.mark.parametrize(
+    ("engine", "again"),
+    [
+        ("align", "run it again to resume"),
+        ("trl", "run it again; it starts from its beginning"),
+        (None, "run it again"),
+    ],
+)
+def test_a_run_whose_runner_is_gone_is_stopped(
+    folder: RunFolder, tmp_path: Path, engine: str | None, again: str
+) -> None:
+    made = job(tmp_path / "work", settings={"kind": "sft", "data": "rows", "engine": engine})
+    (tmp_path / "work" / "job.json").write_text(made.model_dump_json() if engine else "not the file of a job")
+    assert read_run(folder)[1] == StageView("sft", "stopped", 120, 400, 0.0, again)
 
 
 def test_a_worker_goes_on_without_its_runner(folder: RunFolder, tmp_path: Path) -> None:
