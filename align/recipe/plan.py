@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich import box
-from rich.table import Table
 
 from align.methods import get_method
 from align.methods.pretrain import Pretrain
@@ -29,7 +27,11 @@ from align.recipe.sources import base_folder
 from align.spec.base import StageRef
 from align.spec.data import records_of
 from align.spec.model import LoraSettings, ModelSettings
-from align.spec.stages import CompareStage, TrainedStage, engine_of, reference_of
+from align.spec.online import RolloutStage
+from align.spec.records import RecordsStage
+from align.spec.sample import SampleStage
+from align.spec.score import ScoreStage
+from align.spec.stages import CompareStage, Stage, TrainedStage, engine_of, reference_of
 from align.types import Batch
 
 GIB = 2**30
@@ -53,6 +55,7 @@ class PlanRow:
         trains: Whether it takes optimizer steps.
         steps: How many; None where only reading the data tells.
         at_most: Whether rows that are dropped would make fewer steps.
+        known_after: The stage that has yet to make the records, where that is why nobody knows the steps.
         resume_step: Step of the checkpoint it goes on from.
         memory: Bytes of one rank by what they are for; empty where the model's size is not known.
         disk: Bytes of its artifact.
@@ -69,6 +72,7 @@ class PlanRow:
     trains: bool = False
     steps: int | None = None
     at_most: bool = False
+    known_after: str | None = None
     resume_step: int = 0
     memory: Parts = field(default_factory=dict)
     disk: int | None = None
@@ -143,15 +147,18 @@ class _Planner:
     def __init__(self, graph: Graph, auto_bytes: int, device: str) -> None:
         self.graph, self.auto_bytes, self.device = graph, auto_bytes, device
         self.sizes: dict[str, ModelSize | None] = {}
+        self.unmade = set[str]()
+        """Stages so far whose records are not there yet."""
 
     def row(self, node: Node, state: Literal["reuse", "resume", "run"], step: int) -> PlanRow:
         kind = str(type(node.stage).model_fields["kind"].default)
         if state == "reuse":
             return PlanRow(node.name, kind, state, node.fingerprint)
-        if isinstance(node.stage, CompareStage):
-            return PlanRow(
-                node.name, kind, state, node.fingerprint, memory=self.comparison(node.stage), notes=self.notes(node)
-            )
+        if isinstance(node.stage, RecordsStage):
+            self.unmade.add(node.name)
+        if isinstance(node.stage, RecordsStage | CompareStage):
+            memory, notes = self.using(node.stage), self.notes(node)
+            return PlanRow(node.name, kind, state, node.fingerprint, resume_step=step, memory=memory, notes=notes)
         assert isinstance(node.stage, TrainedStage)
         disk, scratch = self.disk(node, node.stage)
         return PlanRow(
@@ -162,6 +169,7 @@ class _Planner:
             trains=True,
             steps=self.steps(node, node.stage),
             at_most=node.stage.train.max_steps is None,
+            known_after=next((each for each in node.data if each in self.unmade), None),
             resume_step=step,
             memory=self.training(node, node.stage),
             disk=disk,
@@ -215,6 +223,9 @@ class _Planner:
         train = stage.train
         if train.max_steps is not None:
             return train.max_steps
+        if isinstance(stage, RolloutStage):
+            prompts = count_rows(node.data[stage.prompts], self.graph.loaded.folder)
+            return None if prompts is None else stage.total_steps(prompts)
         rows = [count_rows(source, self.graph.loaded.folder) for source in node.data.values()]
         if None in rows:
             return None
@@ -227,8 +238,10 @@ class _Planner:
         size, model = self.size(node), self.model(node)
         if size is None:
             return {}
-        train, completions = stage.train, COMPLETIONS[get_method(stage.kind).batch]  # type: ignore[attr-defined]
-        if all(records_of(source) == "pair" for source in node.data.values()):
+        train, completions = stage.train, COMPLETIONS.get(get_method(stage.kind).batch, 1)  # type: ignore[attr-defined]
+        if isinstance(stage, RolloutStage):
+            completions = stage.completions
+        elif all(records_of(source) == "pair" for source in node.data.values()):
             completions = COMPLETIONS[Batch.PAIRED]  # a list of two, for a method on lists
         example = completions * train.max_tokens
         share = math.ceil(train.global_batch_size / node.launch.processes) * example
@@ -264,11 +277,11 @@ class _Planner:
         others = (self.graph.nodes[name] for name in named)
         return sum(1 for each in others if each.model is not None and isinstance(each.model.adapter, LoraSettings))
 
-    def comparison(self, stage: CompareStage) -> Parts:
+    def using(self, stage: Stage) -> Parts:
         """Every distinct base once, every adapter, and what generation takes on the largest."""
         bases: dict[str, int] = {}
         adapters, generation = 0, Parts()
-        for name in stage.candidates:
+        for name in models_used(stage):
             node = self.graph.nodes[name]
             size, model = self.size(node), self.model(node)
             if size is None:
@@ -279,11 +292,9 @@ class _Planner:
                 model.quantization if lora else "none", self.bytes_of(model)
             )
             adapters += 4 * size.adapter_parameters(lora) if lora else 0
-            generation = max(
-                generation,
-                generation_memory(size, stage.generation, self.bytes_of(model)),
-                key=lambda parts: sum(parts.values()),
-            )
+            if isinstance(stage, SampleStage | CompareStage):
+                own = generation_memory(size, stage.generation, self.bytes_of(model))
+                generation = max(generation, own, key=lambda parts: sum(parts.values()))
         return {"base": sum(bases.values()), "frozen adapters": adapters, **generation}
 
     def disk(self, node: Node, stage: TrainedStage) -> tuple[int | None, int]:
@@ -314,6 +325,7 @@ class _Planner:
                 self.second_copy(node),
                 self.merging(node),
                 self.positions(node),
+                self.answers(node),
                 self.unknown(node),
             )
             if note
@@ -337,7 +349,7 @@ class _Planner:
         if start == reference or self.graph.nodes[reference].fingerprint == self._fingerprint(start):
             return ""
         size = self.size_of_base(model)
-        much = f" ({_size(size.parameters * self.bytes_of(model))})" if size else ""
+        much = f" ({size_text(size.parameters * self.bytes_of(model))})" if size else ""
         return f"second copy: the reference {reference} is no adapter of this base{much}; read once, then freed"
 
     def _fingerprint(self, stage: str) -> str | None:
@@ -345,7 +357,7 @@ class _Planner:
 
     def merging(self, node: Node) -> str:
         size = self.size_of_base(node.model) if node.model is not None and node.model.merge_parent else None
-        return f"merging takes {_size(size.parameters * MASTER_BYTES)} before training" if size else ""
+        return f"merging takes {size_text(size.parameters * MASTER_BYTES)} before training" if size else ""
 
     def positions(self, node: Node) -> str:
         size, train = self.size(node), getattr(node.stage, "train", None)
@@ -353,57 +365,35 @@ class _Planner:
             return ""
         return f"max_tokens {train.max_tokens} is more than the {size.positions} positions the model was made for"
 
+    def answers(self, node: Node) -> str:
+        """How many answers are drawn."""
+        if not isinstance(node.stage, SampleStage):
+            return ""
+        rows = count_rows(node.data[node.stage.prompts], self.graph.loaded.folder)
+        prompts = "every prompt" if rows is None else f"≤ {rows} prompts"
+        return f"{node.stage.completions} answers of {', '.join(node.stage.policies)} to {prompts}"
+
     def unknown(self, node: Node) -> str:
-        nodes = [self.graph.nodes[name] for name in getattr(node.stage, "candidates", [])] or [node]
+        trained = isinstance(node.stage, TrainedStage)
+        nodes = [node] if trained else [self.graph.nodes[name] for name in models_used(node.stage)]
         bases = sorted({self.model(each).base for each in nodes if self.size(each) is None})
         named = ", ".join(bases)
-        if isinstance(node.stage, TrainedStage) and not self.config(node):
+        if trained and not self.config(node):
             return f"the size and the packing of {named} are known once it is downloaded"
         return f"the size of {named} is known once it is downloaded" if bases else ""
 
 
-def plan_table(plan: Plan) -> Table:
-    """One row per stage, and what all of them take."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_footer=True)
-    table.add_column("stage", "all")
-    table.add_column("kind")
-    table.add_column("state")
-    table.add_column("steps", justify="right")
-    table.add_column(
-        "memory/rank", _size(max((row.total_memory or 0 for row in plan.rows), default=0)), justify="right"
-    )
-    table.add_column("disk", _size(plan.disk_needed), justify="right")
-    table.add_column("", overflow="fold")
-    waiting = list(plan.references)
-    for row in plan.rows:
-        for node in [each for each in waiting if row.stage in each.users]:
-            table.add_row(node.name, "reference", node.state, _reference_rows(node), "", "", node.note)
-            waiting.remove(node)
-        state = f"resume at {row.resume_step}" if row.state == "resume" else row.state
-        notes = ([f"packing {row.packing}"] if row.packing else []) + list(row.notes)
-        table.add_row(
-            row.stage, row.kind, state, _steps(row), _size(row.total_memory), _size(row.disk), "\n".join(notes)
-        )
-    for note in plan.notes:
-        table.add_row("", "", "", "", "", "", note)
-    return table
+def models_used(stage: Stage) -> list[str]:
+    """The stages whose models a stage runs without training one."""
+    if isinstance(stage, CompareStage):
+        return stage.candidates
+    if isinstance(stage, SampleStage):
+        return stage.policies
+    return [stage.reward] if isinstance(stage, ScoreStage) and stage.reward is not None else []
 
 
-def _reference_rows(node: ReferenceNode) -> str:
-    if node.rows is None:
-        return "known after data is read"
-    return f"{'≤ ' if node.at_most else ''}{node.rows} rows"
-
-
-def _steps(row: PlanRow) -> str:
-    if not row.trains:
-        return ""
-    if row.steps is None:
-        return "known after data is read"
-    return f"≤ {row.steps}" if row.at_most else str(row.steps)
-
-
-def _size(bytes_: int | None) -> str:
+def size_text(bytes_: int | None) -> str:
+    """Bytes in the unit that suits them; nothing for none."""
     if not bytes_:
         return ""
     return f"{bytes_ / GIB:.2f} GiB" if bytes_ >= GIB else f"{bytes_ / 2**20:.1f} MiB"

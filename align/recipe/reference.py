@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from align.methods import get_method
 from align.recipe.digest import Digests, digest_of
 from align.recipe.env import resolve_env
+from align.recipe.made import makers
 from align.recipe.rows import count_rows
 from align.recipe.sources import plugin_version
 from align.spec.data import DataSource, FileData, GeneratedData
+from align.spec.online import RolloutStage
 from align.spec.stages import TrainedStage, engine_of, reference_of
 from align.types import Batch
 
@@ -28,16 +30,17 @@ COMPLETIONS = {Batch.TOKENS: 1, Batch.PAIRED: 2, Batch.UNPAIRED: 2}
 
 @dataclass(frozen=True)
 class ReferenceNode:
-    """Log-probabilities of one policy on one entry of `data`.
+    """Log-probabilities of one policy on one entry of `data`, or on the records that a stage makes.
 
     Attributes:
         policy: The stage whose policy is the reference.
-        data: The entry.
+        data: The entry, or the stage that makes the records.
         users: Stages that read them, in the order they run.
         state: Whether every row that a stage still needs is in the store, as far as that can be told without a
             tokenizer.
         rows: How many completions they are of; None where only reading the data tells.
         at_most: Whether dropped rows would make them fewer.
+        known_after: The stage that has yet to make the records.
     """
 
     policy: str
@@ -46,6 +49,7 @@ class ReferenceNode:
     state: Literal["reuse", "run"]
     rows: int | None = None
     at_most: bool = False
+    known_after: str | None = None
 
     @property
     def name(self) -> str:
@@ -70,16 +74,22 @@ def reference_nodes(
     users: dict[tuple[str, str], list[Node]] = {}
     for node in graph.nodes.values():
         own = isinstance(node.stage, TrainedStage) and engine_of(node.stage) == "align"
+        own = own and not isinstance(node.stage, RolloutStage)  # a rollout brings its own
         name = reference_of(node.stage) if own else None
         for data in node.data if name is not None else ():
             users.setdefault((graph.nodes[name].fingerprint, data), []).append(node)  # type: ignore[index]
-    nodes = []
+    nodes: list[ReferenceNode] = []
+    made = makers(graph.loaded.stages)
     for (_, data), readers in users.items():
         policy = reference_of(readers[0].stage)
         assert policy is not None
+        todo = [each.name for each in readers if not finished[each.name]]
+        if data in made and not finished[data]:  # there is no file to look into yet
+            names = tuple(each.name for each in readers)
+            nodes.append(ReferenceNode(policy, data, names, "run" if todo else "reuse", known_after=data))
+            continue
         known = kept.get(policy, {})
         ids = {each.name: rows_id(each.stage, each.data[data], graph.loaded.folder, digests) for each in readers}
-        todo = [each.name for each in readers if not finished[each.name]]
         exact = {known.get(id_) for id_ in ids.values()}
         rows = exact.pop() if len(exact) == 1 else None
         nodes.append(

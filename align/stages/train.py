@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig
 
 from align.artifacts.manifest import PolicyRecord
 from align.artifacts.store import Store
-from align.data import DataReport, Example, load_examples, split_validation
+from align.data import DataReport, Example, PromptExample, load_examples, split_validation
 from align.data.chat import LossOn
 from align.data.check import training_texts
 from align.methods import Method, get_method
@@ -23,19 +24,23 @@ from align.models.base import load_base, new_base, without_dropout
 from align.models.platform import compute_dtype, device
 from align.models.rewards import load_reward_base
 from align.models.roles import RoleModel
+from align.models.source import reading
 from align.models.save import MODEL, empty_scorer, merge_adapter
 from align.models.tokenizer import load_tokenizer, train_tokenizer
+from align.recipe.sizes import positions_of
 from align.spec.job import Job
 from align.spec.model import ModelSettings
+from align.spec.online import RolloutStage
 from align.spec.stages import PolicyStage, TrainedStage, engine_of
-from align.stages import start
+from align.stages import online, start
 from align.stages.finish import publish_policy
 from align.stages.reference import find_references, read_second_copy
 from align.stages.reward import Finished, draw_samples, judge
 from align.training import collectives
 from align.training.arguments import deepspeed_config, training_arguments
 from align.training.distributed import process_group
-from align.training.schedule import Schedule
+from align.training.rollout_step import CRITIC, RolloutStep
+from align.training.schedule import RolloutSchedule, Schedule
 from align.training.step import Step
 from align.training.trainer import AlignTrainer
 
@@ -65,15 +70,17 @@ class Material:
 
     Attributes:
         tokenizer: The model's.
-        examples: To train on.
+        examples: To train on; the texts to mix in for a stage on rollouts.
         validation: Held out.
         reports: Data name -> what was read, dropped and quarantined.
+        prompts: What a stage on rollouts asks.
     """
 
     tokenizer: Any
     examples: list[Example]
     validation: Sequence[Example]
     reports: dict[str, DataReport]
+    prompts: Sequence[PromptExample] = ()
 
 
 def run(job: Job, settings: TrainedStage, store: Store, report: Any) -> None:
@@ -103,6 +110,10 @@ def run(job: Job, settings: TrainedStage, store: Store, report: Any) -> None:
 
 def _material(job: Job, settings: TrainedStage, store: Store) -> Material:
     tokenizer, method = _tokenizer(job, settings, store), get_method(job.kind)
+    if isinstance(settings, RolloutStage):
+        prompts, report = online.read_prompts(job, settings, tokenizer, _positions(job, settings, store), _bad(job))
+        texts, reports = online.read_texts(job, settings, tokenizer)
+        return Material(tokenizer, texts, (), {settings.prompts: report} | reports, prompts)
     examples, reports = _examples(job, settings, method, tokenizer)
     validation: Sequence[Example] = ()
     if settings.train.validation:
@@ -115,8 +126,13 @@ def _train(job: Job, settings: TrainedStage, store: Store, material: Material, r
     tokenizer, examples = material.tokenizer, material.examples
     samples = draw_samples(job, settings, store, examples, tokenizer, report) if isinstance(settings, Reward) else ()
     asked = {"train": examples, "validation": material.validation}
-    references = read_second_copy(job, settings, store, asked, report)
-    schedule = Schedule.of(settings.train, len(examples))
+    references, reward = None, None
+    schedule: Schedule | RolloutSchedule = Schedule.of(settings.train, len(examples))
+    if isinstance(settings, RolloutStage):
+        schedule = RolloutSchedule.of(settings, len(material.prompts))
+        reward = online.load_own_reward(job, settings, store, tokenizer)
+    else:
+        references = read_second_copy(job, settings, store, asked, report)
     args = training_arguments(
         settings.train,
         work=Path(job.work),
@@ -129,20 +145,43 @@ def _train(job: Job, settings: TrainedStage, store: Store, material: Material, r
         run_name=f"{job.recipe}/{job.stage}",
     )
     opened = _open(job, settings, store, tokenizer)
+    method = get_method(job.kind)
+    source: dict[str, Any]
+    if isinstance(settings, RolloutStage):
+        assert isinstance(schedule, RolloutSchedule)
+        online.add_seats(job, settings, method, store, opened.roles, own=reward is not None)
+        made = online.make_online(
+            job,
+            settings,
+            method,
+            prompts=material.prompts,
+            texts=examples,
+            tokenizer=tokenizer,
+            schedule=schedule,
+            reward=reward,
+            report=report,
+        )
+        rate = getattr(settings, "critic_learning_rate", None)
+        source = {"online": made, "learning_rates": {CRITIC: rate} if rate else {}}
+    else:
+        source = {
+            "examples": examples,
+            "validation": material.validation,
+            "validation_settings": settings.train.validation,
+            "references": references or find_references(job, settings, store, opened.begin, asked),
+            "reference_role": opened.reference_role,
+            "same_reference": opened.same_reference,
+        }
+    step = RolloutStep if isinstance(settings, RolloutStage) else Step
     trainer = AlignTrainer(
         opened.roles,
         args,
-        step=Step(get_method(job.kind), settings, settings.train.pack_tokens),
+        step=step(method, settings, settings.train.pack_tokens),
         schedule=schedule,
-        examples=examples,
-        validation=material.validation,
-        validation_settings=settings.train.validation,
-        references=references or find_references(job, settings, store, opened.begin, asked),
-        reference_role=opened.reference_role,
-        same_reference=opened.same_reference,
         work=Path(job.work),
         keep_checkpoints=settings.train.keep_checkpoints,
         report=report,
+        **source,
     )
     try:
         trainer.fit()
@@ -193,7 +232,6 @@ def _examples(
     """Examples of the stage; every rank reads the same list, rank 0 alone writes the quarantine file."""
     name: str = settings.data  # type: ignore[attr-defined]
     loss_on: LossOn = "all" if isinstance(settings, Pretrain) else getattr(settings, "loss_on", "completion")
-    quarantine = Path(job.work) / "quarantine.jsonl" if collectives.rank() == 0 else None
     examples, report = load_examples(
         job.data[name],
         batch=method.batch,
@@ -202,9 +240,22 @@ def _examples(
         loss_on=loss_on,
         target=getattr(settings, "target", "") == "column",
         folder=Path(job.folder),
-        quarantine=quarantine,
+        quarantine=_bad(job),
     )
     return examples, {name: report}
+
+
+def _bad(job: Job) -> Path | None:
+    """Where malformed rows go; rank 0 alone writes them."""
+    return Path(job.work) / "quarantine.jsonl" if collectives.rank() == 0 else None
+
+
+def _positions(job: Job, settings: PolicyStage, store: Store) -> int | None:
+    """Longest sequence that the base was made for."""
+    begin = start.of_policy(job, settings, store)
+    with reading(begin.base, "model"):
+        config = AutoConfig.from_pretrained(begin.base, revision=begin.revision)
+    return positions_of(config.to_dict())
 
 
 def _dtype(job: Job) -> torch.dtype:

@@ -7,6 +7,10 @@ from pathlib import Path
 from typing import Any
 
 
+ROLLOUT = '"rollout/number"'
+"""In the line of a rollout."""
+
+
 class MetricsFile:
     """The file; written by rank 0 alone.
 
@@ -23,9 +27,12 @@ class MetricsFile:
             out.write(json.dumps(line) + "\n")
 
     def forget_after(self, step: int) -> None:
-        """Drop the lines of steps that will be done again, and a last line that was cut off."""
+        """Drop the lines of steps that will be done again, and a last line that was cut off.
+
+        A rollout is told before the first step that learns from it, so one at `step` is told again.
+        """
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() and step else []
-        kept = [line + "\n" for line in lines if _step(line) <= step]
+        kept = [line + "\n" for line in lines if _step(line) + (ROLLOUT in line) <= step]
         self.path.write_text("".join(kept), encoding="utf-8")
 
 

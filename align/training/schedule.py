@@ -10,6 +10,7 @@ from functools import lru_cache
 import torch
 from torch.utils.data import Dataset
 
+from align.spec.online import RolloutStage
 from align.spec.train import TrainSettings
 
 
@@ -49,7 +50,57 @@ class Schedule:
         return _permutation(self.examples, self.seed, epoch)[position * self.batch : (position + 1) * self.batch]
 
 
-@lru_cache(maxsize=2)
+@dataclass(frozen=True)
+class RolloutSchedule:
+    """Which prompts each rollout asks, and which of them each optimizer step learns from.
+
+    A rollout takes the next prompts of the permutations of all epochs, one after the other; a step takes a part of its
+    rollout, in an order drawn anew for every pass over it.
+
+    Attributes:
+        prompts: Number of prompts.
+        size: Prompts per rollout.
+        batch: Prompts per optimizer step, over all ranks; divides `size`.
+        epochs: Passes over a rollout.
+        total_steps: Optimizer steps of the whole run.
+        seed: Seed of the permutations.
+    """
+
+    prompts: int
+    size: int
+    batch: int
+    epochs: int
+    total_steps: int
+    seed: int
+
+    @classmethod
+    def of(cls, stage: RolloutStage, prompts: int) -> RolloutSchedule:
+        size, batch, total = stage.prompts_per_rollout, stage.train.global_batch_size, stage.total_steps(prompts)
+        return cls(prompts, size, batch, stage.epochs_per_rollout, total, stage.train.seed)
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps per rollout."""
+        return self.epochs * (self.size // self.batch)
+
+    def rollout(self, step: int) -> int:
+        """The rollout that optimizer step `step` (from 0) learns from."""
+        return step // self.updates
+
+    def asked(self, rollout: int) -> list[int]:
+        """Indices of the prompts of a rollout."""
+        places = range(rollout * self.size, (rollout + 1) * self.size)
+        return [_permutation(self.prompts, self.seed, p // self.prompts)[p % self.prompts] for p in places]
+
+    def indices(self, step: int) -> list[int]:
+        """Places in the rollout of the prompts that optimizer step `step` learns from, over all ranks."""
+        rollout, update = divmod(step, self.updates)
+        epoch, part = divmod(update, self.size // self.batch)
+        order = _permutation(self.size, self.seed + 1, rollout * self.epochs + epoch)
+        return order[part * self.batch : (part + 1) * self.batch]
+
+
+@lru_cache(maxsize=4)
 def _permutation(n: int, seed: int, epoch: int) -> list[int]:
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     return torch.randperm(n, generator=generator).tolist()
@@ -58,7 +109,7 @@ def _permutation(n: int, seed: int, epoch: int) -> list[int]:
 class StepDataset(Dataset):
     """What the Trainer iterates: item `s` is this rank's share of the examples of optimizer step `s`, as indices."""
 
-    def __init__(self, schedule: Schedule, rank: int, world_size: int) -> None:
+    def __init__(self, schedule: Schedule | RolloutSchedule, rank: int, world_size: int) -> None:
         self.schedule, self.rank, self.world_size = schedule, rank, world_size
 
     def __len__(self) -> int:

@@ -41,6 +41,11 @@ class Totals:
             self._sums[name] = self._sums.get(name, 0) + term.sum.detach().double().sum()
             self._weights[name] = self._weights.get(name, 0) + term.weight.double().sum()
 
+    def merge(self, other: Totals) -> None:
+        for name in other._sums:
+            self._sums[name] = self._sums.get(name, 0) + other._sums[name]
+            self._weights[name] = self._weights.get(name, 0) + other._weights[name]
+
     def numbers(self) -> dict[str, tuple[float, float]]:
         """name -> (sum, weight)."""
         return {name: (float(self._sums[name]), float(self._weights[name])) for name in self._sums}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,8 +33,9 @@ from align.training import checkpoint as ckpt
 from align.training import collectives
 from align.training.guards import FiniteGradients, StopRequest
 from align.training.metrics import MetricsFile
+from align.training.online import Online
 from align.training.reference import References, starting_kl
-from align.training.schedule import Schedule, StepDataset
+from align.training.schedule import RolloutSchedule, Schedule, StepDataset
 from align.training.step import Reference, Step, Totals, pooled_means, scaled_loss
 
 logger = logging.getLogger(__name__)
@@ -80,6 +81,8 @@ class AlignTrainer(Trainer):
         work: Folder of the unfinished stage.
         keep_checkpoints: How many to keep.
         report: Told of progress, on rank 0.
+        online: Makes the examples of methods that learn from the policy's own completions; `examples` is empty then.
+        learning_rates: Role -> its own learning rate, for a second trained role.
     """
 
     def __init__(
@@ -88,8 +91,8 @@ class AlignTrainer(Trainer):
         args: TrainingArguments,
         *,
         step: Step,
-        schedule: Schedule,
-        examples: Sequence[Example],
+        schedule: Schedule | RolloutSchedule,
+        examples: Sequence[Example] = (),
         validation: Sequence[Example] = (),
         validation_settings: ValidationSettings | None = None,
         references: References | None = None,
@@ -98,13 +101,15 @@ class AlignTrainer(Trainer):
         work: Path,
         keep_checkpoints: int = 2,
         report: Report | None = None,
+        online: Online | None = None,
+        learning_rates: Mapping[str, float] | None = None,
     ) -> None:
         dataset = StepDataset(schedule, collectives.rank(), collectives.world_size())
         super().__init__(model, args, train_dataset=dataset, eval_dataset=list(validation) or None)
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
         self.step, self.examples, self.validation = step, examples, validation
-        self.validation_settings = validation_settings
+        self.validation_settings, self.online, self.learning_rates = validation_settings, online, learning_rates or {}
         self.reference_rows, self.reference_role, self.same_reference = references, reference_role, same_reference
         self.metrics_file = MetricsFile(work / "metrics.jsonl")
         self.work, self.keep_checkpoints, self.report = work, keep_checkpoints, report or Silent()
@@ -148,6 +153,8 @@ class AlignTrainer(Trainer):
             self.resumed_from_step = ckpt.step_of(found)
             logger.info("resuming from step %d", self.resumed_from_step)
             self.report.resumed_from_step = self.resumed_from_step
+            if self.online is not None:
+                self.online.load(found)
         if collectives.rank() == 0:
             self.metrics_file.forget_after(self.resumed_from_step)
             ckpt.forget_after(self.work / "best", self.resumed_from_step)
@@ -192,6 +199,20 @@ class AlignTrainer(Trainer):
         self.step, self.packing = replace(self.step, packing=choice.packing), choice.of_batch(self.step.method.batch)
         logger.info("packing %s", self.packing)
 
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """AdamW; a second trained role has groups of its own where it has a learning rate of its own."""
+        before = self.optimizer
+        optimizer = super().create_optimizer(model)
+        if before is None:
+            for role, rate in self.learning_rates.items():
+                own = {id(p) for p in self.model.tensors(role).values()}
+                for group in list(optimizer.param_groups):
+                    apart = [p for p in group["params"] if id(p) in own]
+                    if apart:
+                        group["params"] = [p for p in group["params"] if id(p) not in own]
+                        optimizer.add_param_group({**group, "params": apart, "lr": rate})
+        return optimizer
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Nothing yet: weights are loaded in `_prepare_for_training`, after the reference was taken."""
 
@@ -232,7 +253,14 @@ class AlignTrainer(Trainer):
             This rank's share of the loss times the world size, so that the mean over ranks is the loss.
         """
         model.train()
-        examples = [self.examples[i] for i in inputs]
+        step = self.state.global_step
+        if self.online is not None:
+            if (drawn := self.online.prepare(model, step, self.step.packing)) is not None:
+                self._write({"step": step, **drawn})
+            if self.online.skips(step):
+                self._agree([], [])
+                return torch.zeros((), device=self.args.device)
+        examples = self._examples(inputs)
         references = [self.references["train"][i] for i in inputs] if self.reference_role else None
         packs = list(self.step.packs(examples))
         rounds, weights = self._agree(packs, examples)
@@ -240,14 +268,14 @@ class AlignTrainer(Trainer):
         world, device = collectives.world_size(), self.args.device
         engine = self.model_wrapped if self.is_deepspeed_enabled else None
         no_sync: Any = getattr(model, "no_sync", contextlib.nullcontext)
-        loss_sum = torch.zeros((), device=device)
+        loss_sum, metrics = torch.zeros((), device=device), Totals()
         for i in range(rounds):
             last = i == rounds - 1
             with contextlib.nullcontext() if last or engine else no_sync():
                 if i < len(packs):
                     output = self.step.terms(model, packs[i].to(device), examples, references, statistics)
                     loss = scaled_loss(output, weights)
-                    self._metrics.add(output.metrics)
+                    metrics.add(output.metrics)
                     self._tokens += packs[i].tokens
                 else:
                     loss = self.step.touch(model, self.step.empty().to(device))
@@ -257,10 +285,19 @@ class AlignTrainer(Trainer):
                 else:
                     (loss * world).backward()
             loss_sum += loss.detach()
-        self._refuse_non_finite(loss_sum, inputs)
+        self._refuse_non_finite(loss_sum, examples)
+        self._metrics.merge(metrics)
+        if self.online is not None:
+            self.online.updated(step, metrics.numbers())
         if engine:
             engine.step()
         return loss_sum * world
+
+    def _examples(self, inputs: Sequence[int]) -> list[Example]:
+        """This rank's examples of the step."""
+        if self.online is not None:
+            return self.online.examples(self.state.global_step, inputs)
+        return [self.examples[i] for i in inputs]
 
     @torch.no_grad()
     def _statistics(
@@ -296,14 +333,14 @@ class AlignTrainer(Trainer):
             self.control.should_save = self.control.should_training_stop = True
         return max(n for n, *_ in seen), total
 
-    def _refuse_non_finite(self, loss: Tensor, inputs: Sequence[int]) -> None:
+    def _refuse_non_finite(self, loss: Tensor, examples: Sequence[Example]) -> None:
         gradient = self._gradients.pop()
         bad_loss = not bool(torch.isfinite(loss))
-        seen = collectives.gather_objects((bad_loss, gradient, list(inputs) if bad_loss or gradient else []))
+        seen = collectives.gather_objects((bad_loss, gradient, [e.row for e in examples if bad_loss or gradient]))
         if not any(b or g for b, g, _ in seen):
             return
         what = "loss" if any(b for b, *_ in seen) else "gradient"
-        rows = [self.examples[i].row for *_, batch in seen for i in batch]
+        rows = [row for *_, batch in seen for row in batch]
         raise TrainingError(
             f"the {what} of step {self.state.global_step + 1} is not finite; the weights are those of step "
             f"{self.state.global_step}. Rows of the data in this batch: {rows}",
@@ -405,6 +442,8 @@ class AlignTrainer(Trainer):
         step = self.state.global_step
         if collectives.rank() == 0:
             staged = Path(self.args.output_dir) / f"checkpoint-{step}"
+            if self.online is not None:
+                self.online.save(staged)
             ckpt.publish_checkpoint(staged, self.work / "checkpoints", step, self._launch, self.keep_checkpoints)
             self._drop_bests()
         collectives.barrier()

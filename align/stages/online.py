@@ -1,0 +1,196 @@
+"""What a stage on rollouts has beside its policy: prompts, the seats of reference, reward model and critic, scorers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from align.artifacts.store import Store
+from align.data import ChatEncoder, Completion, DataReport, Example, PromptExample, load_examples, load_prompts
+from align.data.records import Conversation
+from align.errors import DataError, RecipeError
+from align.logps import last_rewards
+from align.methods import Method
+from align.methods.ppo import PPO
+from align.models.policies import locate
+from align.models.rewards import load_reward, read_normalization
+from align.models.roles import RoleModel
+from align.models.tokenizer import load_tokenizer
+from align.scoring import get_scorer, labels
+from align.spec.job import Job
+from align.spec.online import RolloutStage
+from align.stages import start
+from align.training.online import REWARD, Judges, Online
+from align.training.passes import run_passes
+from align.training.rollout_step import CRITIC
+from align.training.schedule import RolloutSchedule
+from align.types import Batch, Needs
+
+logger = logging.getLogger(__name__)
+
+
+def read_prompts(
+    job: Job, settings: RolloutStage, tokenizer: Any, positions: int | None, quarantine: Path | None
+) -> tuple[list[PromptExample], DataReport]:
+    """The prompts that leave room for a completion.
+
+    Raises:
+        RecipeError: The settings leave no room at all.
+        DataError: No prompt is left.
+    """
+    new = settings.generation.max_new_tokens
+    room = min(settings.train.max_tokens, positions or settings.train.max_tokens) - new
+    if room < 1:
+        raise RecipeError(
+            f"{new} new tokens leave no room for a prompt in {room + new} tokens",
+            where=f"stages.{job.stage}.generation.max_new_tokens",
+            fix="set it lower, or train.max_tokens higher",
+        )
+    source = job.data[settings.prompts]
+    return load_prompts(source, tokenizer=tokenizer, max_tokens=room, folder=Path(job.folder), quarantine=quarantine)
+
+
+def read_texts(job: Job, settings: RolloutStage, tokenizer: Any) -> tuple[list[Example], dict[str, DataReport]]:
+    """What PPO-ptx mixes in."""
+    if not isinstance(settings, PPO) or settings.ptx is None:
+        return [], {}
+    texts, report = load_examples(
+        job.data[settings.ptx],
+        batch=Batch.TOKENS,
+        tokenizer=tokenizer,
+        max_tokens=settings.train.max_tokens,
+        folder=Path(job.folder),
+    )
+    return texts, {settings.ptx: report}
+
+
+def shares_base(job: Job, settings: RolloutStage, store: Store, begin: start.Start) -> bool:
+    """Whether the reward model is an adapter on the base that the policy stands on, loaded alike."""
+    assert job.model is not None
+    if settings.reward is None:
+        return False
+    source = locate(store, job.inputs[settings.reward], "reward")
+    own = (begin.base, begin.revision, job.model.quantization)
+    return source.adapter is not None and (source.base, source.revision, source.model.quantization) == own
+
+
+class OwnReward:
+    """A reward model with a base of its own: a second copy, which the plan tells.
+
+    Args:
+        model: Its one role is `reward`.
+        tokenizer: Its tokenizer.
+        policy_tokenizer: The policy's; ids are handed on where both split text alike.
+        pack_tokens: Token budget of one forward pass.
+    """
+
+    def __init__(self, model: RoleModel, tokenizer: Any, policy_tokenizer: Any, pack_tokens: int) -> None:
+        self.model, self.pack_tokens, self.policy_tokenizer = model, pack_tokens, policy_tokenizer
+        alike = tokenizer.get_vocab() == policy_tokenizer.get_vocab()
+        self.encoder = (
+            None
+            if alike and tokenizer.chat_template == policy_tokenizer.chat_template
+            else ChatEncoder(tokenizer, getattr(model.config.get_text_config(), "max_position_embeddings", 2**20))
+        )
+
+    def rewards(
+        self, prompts: Sequence[PromptExample], completions: Sequence[Sequence[list[int]]]
+    ) -> list[list[float]]:
+        """The reward of every completion of every prompt.
+
+        Raises:
+            DataError: A completion cannot be put into the reward model's template.
+        """
+        examples = [self._example(p, ids) for p, each in zip(prompts, completions, strict=True) for ids in each]
+        (found,) = run_passes(self.model, [(REWARD, last_rewards)], examples, self.pack_tokens)
+        flat = iter(float(each) for each in found)
+        return [[next(flat) for _ in each] for each in completions]
+
+    def _example(self, prompt: PromptExample, ids: list[int]) -> Example:
+        if self.encoder is None:
+            return Example(prompt.row, prompt.prompt_ids, (Completion(ids, [True] * len(ids), False),), 1.0)
+        text = self.policy_tokenizer.decode(ids, skip_special_tokens=True) or " "
+        record = Conversation(prompt.row, [*prompt.messages, {"role": "assistant", "content": text}])
+        (outcome,) = self.encoder.encode_many([record])
+        if not isinstance(outcome, Example):
+            raise DataError(f"the reward model's template cannot hold the prompt in row {prompt.row}: {outcome}")
+        return outcome
+
+
+def load_own_reward(job: Job, settings: RolloutStage, store: Store, tokenizer: Any) -> OwnReward | None:
+    """The reward model where it does not share the policy's base; before ZeRO-3 could take it apart."""
+    begin = start.of_policy(job, settings, store)
+    if settings.reward is None or shares_base(job, settings, store, begin):
+        return None
+    fingerprint = job.inputs[settings.reward]
+    model, _ = load_reward(store, fingerprint)
+    own = load_tokenizer(locate(store, fingerprint, "reward").folder)
+    return OwnReward(model, own, tokenizer, settings.train.pack_tokens)
+
+
+def add_seats(job: Job, settings: RolloutStage, method: Method, store: Store, roles: RoleModel, own: bool) -> None:
+    """Put reward model and critic onto the policy's base.
+
+    Args:
+        job: The stage.
+        settings: Its settings.
+        method: Its method.
+        store: Where the reward model is.
+        roles: The model, with its policy.
+        own: Whether the reward model has a base of its own.
+    """
+    folder, normalization = None, None
+    if settings.reward is not None and not own:
+        fingerprint = job.inputs[settings.reward]
+        load_reward(store, fingerprint, REWARD, onto=roles)
+        folder = locate(store, fingerprint, "reward").adapter
+        normalization = read_normalization(store.folder(fingerprint))
+    if Needs.VALUES not in method.needs:
+        return
+    if folder is not None and getattr(settings, "critic_start", "reward") == "reward":
+        assert normalization is not None
+        roles.add_adapter(CRITIC, folder=folder, with_head=True, trainable=True, dropout=0.0)
+        head = roles.head(CRITIC)
+        head.mean, head.std = normalization.mean, normalization.std
+    else:
+        roles.add_adapter(CRITIC, copy_of="policy", trainable=True)
+        roles.add_head(CRITIC).reset_parameters()
+
+
+def make_online(
+    job: Job,
+    settings: RolloutStage,
+    method: Method,
+    *,
+    prompts: Sequence[PromptExample],
+    texts: Sequence[Example],
+    tokenizer: Any,
+    schedule: RolloutSchedule,
+    reward: OwnReward | None,
+    report: Any,
+) -> Online:
+    """The rollouts of a stage."""
+    scorers = {name: get_scorer(name) for name in settings.scorers}
+    columns = labels(scorers)
+    weights = {columns[name]: settings.weights.get(name, 1.0) for name in scorers}
+    weights[REWARD] = settings.weights.get(REWARD, 1.0)
+    judges = Judges(
+        {columns[name]: (name, scorer) for name, scorer in scorers.items()},
+        weights,
+        None if settings.reward is None else reward or "shared",
+    )
+    return Online(
+        settings,
+        method,
+        prompts=prompts,
+        judges=judges,
+        schedule=schedule,
+        tokenizer=tokenizer,
+        reference=getattr(settings, "reference", None) is not None,
+        texts=texts,
+        synced=job.launch.deepspeed == "zero3",
+        work=Path(job.work),
+        report=report,
+    )
