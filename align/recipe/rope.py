@@ -42,19 +42,20 @@ def rope_of(config: dict[str, Any]) -> Rope | None:
     return min(_found(text_config(config)), key=lambda rope: rope.positions, default=None)
 
 
-def check_rope(config: Any, max_tokens: int) -> None:
+def check_rope(config: Any, max_tokens: int, base: str = "the model") -> None:
     """Refuse to train on too long sequences with a model that has been loaded.
 
     Args:
         config: A transformers configuration; its text part is read.
         max_tokens: The longest sequence.
+        base: What the model is called.
 
     Raises:
         RecipeError: They are longer than its frequencies are the same for.
     """
     rope = rope_of(config.get_text_config().to_dict())
     if rope is not None and max_tokens > rope.positions:
-        raise rope.refusal(max_tokens, "the model", "train.max_tokens")
+        raise rope.refusal(max_tokens, base, "train.max_tokens")
 
 
 def text_config(config: dict[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from align.models.platform import compute_dtype
 from align.models.roles import RoleModel
 from align.recipe.digest import Digests
 from align.recipe.reference import rows_id
+from align.recipe.rope import check_rope
 from align.spec.job import Job
 from align.spec.stages import PolicyStage, TrainedStage, reference_of
 from align.stages import start
@@ -88,6 +89,7 @@ def read_second_copy(
     if references.missing:
         began = time.monotonic()
         base = load_base(reference.base, dtype=job.model.dtype, revision=reference.revision)
+        check_rope(base.config, settings.train.max_tokens, f"the reference `{name}`")
         roles = RoleModel(base)
         roles.add_base_role("reference")
         wanted = settings.train.packing

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from align.artifacts import reference as keys
 from align.artifacts.manifest import Manifest, PolicyRecord
 from align.artifacts.store import Store
-from align.errors import LaunchError
+from align.errors import LaunchError, RecipeError
 from align.models import load_base, load_tokenizer
 from align.models.roles import RoleModel
 from align.models.save import ADAPTER, MODEL, merge_adapter, save_policy
@@ -22,6 +22,7 @@ from align.spec.job import Job
 from align.spec.model import LoraSettings, ModelSettings
 from align.stages import reference as module
 from align.stages import start
+from align.stages.peer.policy import PeerPolicy
 from align.stages.reference import find_references, policy_key, read_second_copy
 from tests.models.tiny import randomise
 from tests.training.worlds import random_examples, save_tiny_base
@@ -294,6 +295,46 @@ def test_a_second_copy_is_loaded_once_and_never_again(world: World, monkeypatch:
     assert [v for row in first.totals("train") for v in row] == pytest.approx(
         [v for row in expected for v in row], abs=2e-4
     )
+
+
+def dynamic(folder: Path) -> None:
+    """Positions whose frequencies follow the longest sequence of a batch, beyond 128."""
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rope_parameters": rope}))
+
+
+def test_a_second_copy_that_would_depend_on_neighbours_is_refused(world: World) -> None:
+    dynamic(world.base)
+    world.train_in_full()
+    world.model["adapter"] = "none"
+    world.settings |= {"policy": None, "reference": "full", "train": {"max_tokens": 129}}
+    with pytest.raises(
+        RecipeError, match="129 is more than the 128 positions that the reference `full` was first made"
+    ):
+        read_second_copy(world.job, world.parsed, world.store, SETS)
+    world.settings["train"] = {"max_tokens": 128}
+    assert read_second_copy(world.job, world.parsed, world.store, SETS) is not None
+
+
+@pytest.mark.parametrize("adapter", [LORA.model_dump(), "none"], ids=["lora", "full"])
+def test_the_peer_refuses_them_too(world: World, adapter: Any) -> None:
+    """What it trains, and what it reads beside that."""
+    path = world.base / "config.json"
+    plain = path.read_text()
+    dynamic(world.base)
+    who = "model"
+    if adapter == "none":
+        world.train_in_full()
+        path.write_text(plain)
+        who = "reference"
+    world.model["adapter"] = adapter
+    world.settings |= {"policy": None, "reference": "full" if adapter == "none" else "sft"}
+    world.settings["train"] = {"max_tokens": 129}
+    with pytest.raises(RecipeError, match=f"129 is more than the 128 positions that the {who} was first made for"):
+        PeerPolicy(world.job, world.parsed, world.begin()).reference_model(world.store)
+    world.settings["train"] = {"max_tokens": 128}
+    PeerPolicy(world.job, world.parsed, world.begin()).reference_model(world.store)
 
 
 def test_a_policy_that_is_its_own_reference_needs_no_copy(world: World) -> None:

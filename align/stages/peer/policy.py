@@ -14,6 +14,7 @@ from align.models.heads import SCORE, ScalarHead
 from align.models.rewards import load_reward_base
 from align.models.roles import RoleModel
 from align.models.save import empty_scorer
+from align.recipe.rope import check_rope
 from align.spec.job import Job
 from align.spec.model import LoraSettings
 from align.spec.stages import PolicyStage
@@ -30,6 +31,9 @@ class PeerPolicy:
         job: The stage.
         settings: Its settings, parsed.
         begin: Where the policy starts.
+
+    Raises:
+        RecipeError: The model computes sequences of this length by what is beside them.
 
     Attributes:
         model: What a trainer is given.
@@ -49,6 +53,7 @@ class PeerPolicy:
             self.base, score = load_reward_base(begin.base, **of)
         else:
             self.base = load_base(begin.base, **of)
+        check_rope(self.base.config, settings.train.max_tokens)
         without_dropout(self.base)
         # TRL writes the tokenizer's special tokens into them; what is saved shall be as the base had it.
         self._configs = copy.deepcopy((self.base.config, self.base.generation_config))
@@ -112,6 +117,7 @@ class PeerPolicy:
             return None
         assert self.job.model is not None
         model = load_base(reference.base, dtype=self.job.model.dtype, revision=reference.revision)
+        check_rope(model.config, self.settings.train.max_tokens, "the reference")
         # Where the policy starts from it, both round alike: a lower compute dtype comes from autocast.
         return model.float() if reference.base == self.begin.base else model
 
