@@ -49,6 +49,7 @@ def run(
     *,
     until: str | None = None,
     from_: str | None = None,
+    allow_code: bool = False,
     console: Console | None = None,
 ) -> RunResult:
     """Run a recipe: stages that the store has are reused, an interrupted one resumes.
@@ -58,6 +59,7 @@ def run(
         overrides: `a.b=c`, as `--set` takes them.
         until: Stop after this stage.
         from_: Make this stage and all that follow from it again.
+        allow_code: Whether functions of your own that the recipe names may run.
         console: Where progress goes; `Console(quiet=True)` for silence.
 
     Raises:
@@ -65,4 +67,4 @@ def run(
     """
     from align.runner.run import run_recipe
 
-    return run_recipe(path, overrides, until=until, from_=from_, console=console)
+    return run_recipe(path, overrides, until=until, from_=from_, allow_code=allow_code, console=console)

@@ -92,11 +92,14 @@ def run(
     from_: Annotated[
         str | None, typer.Option("--from", metavar="STAGE", help="Make this stage and what follows from it again.")
     ] = None,
+    allow_code: Annotated[
+        bool, typer.Option("--allow-code", help="Run Python functions that the recipe names.")
+    ] = False,
 ) -> None:
     """Run a recipe. What is finished is reused, what was interrupted resumes."""
     from align.runner.run import run_recipe
 
-    run_recipe(recipe, overrides or (), until=until, from_=from_, console=_console())
+    run_recipe(recipe, overrides or (), until=until, from_=from_, allow_code=allow_code, console=_console())
 
 
 @app.command()
@@ -118,7 +121,7 @@ def plan(
 ) -> None:
     """Show what would run, what is reused, and what it takes."""
     from align.artifacts.store import Store
-    from align.recipe.plan import plan_table
+    from align.recipe.plan_table import plan_table
     from align.runner.api import Recipe
     from align.runner.inspect import count_tokens
     from align.runner.tables import tokens_table

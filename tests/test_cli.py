@@ -146,7 +146,7 @@ def test_schema_is_that_of_the_recipe(recipe: Path) -> None:
     schema = json.loads(align("schema").output)
     assert set(schema["required"]) == {"name", "stages"}
     kinds = schema["properties"]["stages"]["additionalProperties"]["discriminator"]["mapping"]
-    assert {*all_methods(), "compare"} == set(kinds)
+    assert {*all_methods(), "sample", "score", "select", "compare"} == set(kinds)
 
 
 def test_status_and_results_before_a_run(recipe: Path) -> None:

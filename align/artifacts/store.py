@@ -30,12 +30,12 @@ from align.artifacts.reference import LOCK as CACHE_LOCK
 from align.artifacts.reference import ReferenceCaches, remove_cache
 from align.artifacts.seal import SEAL, folder_bytes, publish, read_seal, verify_once, write_atomic
 from align.errors import ArtifactError, LaunchError
+from align.recipe.made import NAME_DIGITS, artifact_folder
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 LOCK = "stage.lock"
-NAME_DIGITS = 16
 
 What = Literal["artifact", "work", "temporary", "reference", "damaged"]
 PARENTS: dict[What, str] = {"artifact": "artifacts", "work": "work", "damaged": "damaged"}
@@ -236,7 +236,7 @@ class Store:
 
     def folder(self, fingerprint: str) -> Path:
         """Where the artifact of a fingerprint is, or will be."""
-        return self.home / "artifacts" / _name(fingerprint)
+        return artifact_folder(self.home, _name(fingerprint))
 
     def _set_aside(self, folder: Path, why: ArtifactError) -> None:
         try:

@@ -15,8 +15,9 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal, get_args, get_origin
 
 from align.errors import AlignError, LaunchError
+from align.spec.kinds import OTHER_KINDS
 from align.spec.online import RolloutStage
-from align.spec.stages import CompareStage, PairedStage, RankedStage, TokensStage, TrainedStage, UnpairedStage
+from align.spec.stages import PairedStage, RankedStage, TokensStage, TrainedStage, UnpairedStage
 from align.types import Advantages, Batch, LossOutput, Needs, Rollout, Term
 
 
@@ -114,7 +115,7 @@ def _complaints(
     kind = fields.get("kind")
     if kind is None or get_origin(kind.annotation) is not Literal or get_args(kind.annotation) != (kind.default,):
         yield f'{name} needs `kind: Literal["name"] = "name"`, the name that recipes use', f"write it into {name}"
-    elif kind.default == CompareStage.model_fields["kind"].default:
+    elif kind.default in OTHER_KINDS:
         yield f"the kind `{kind.default}` is taken: a stage of it does not train", "choose another name"
     if not _fits(config, batch):
         base = STAGE_OF[batch].__name__

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from align.errors import RecipeError
 from align.recipe.lineage import declared_model, model_loc, trains_base
 from align.recipe.load import LoadedRecipe
+from align.recipe.made import makers
 from align.recipe.origins import Loc
 from align.recipe.references import Reference, references
 from align.recipe.shape import either
-from align.recipe.sources import base_folder
+from align.recipe.sources import base_folder, plugins
 from align.recipe.suggest import did_you_mean, nearest
 from align.spec.base import DataRef, HubAdapter, StageRef
 from align.spec.data import RECORDS_OF_CONVERSION, RECORDS_OF_FORMAT, DataSource, can_convert, records_of
 from align.spec.model import LoraSettings, ModelSettings
+from align.spec.sample import SampleStage
+from align.spec.score import ScoreStage
 from align.spec.stages import CompareStage, PolicyStage
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -39,6 +42,7 @@ class _Check:
     def __init__(self, loaded: LoadedRecipe) -> None:
         self.loaded, self.stages, self.data = loaded, loaded.stages, loaded.recipe.data
         self.bases = [name for name in self.stages if trains_base(loaded, name)]
+        self.makers = makers(self.stages)
         self.meant: set[str] = set()
         """Data entries that some stage names, or seems to mean."""
         self.asked: set[str] = set()
@@ -52,6 +56,12 @@ class _Check:
                 if not NAME.fullmatch(name) or (part == "stages" and name in RESERVED):
                     why = "is used by the run's folder" if name in RESERVED else "has a character that is not allowed"
                     yield self._error((part, name), f"the name {name!r} {why}", "use letters, digits, _ and -")
+        for name in self.makers.keys() & self.data.keys():
+            yield self._error(
+                ("stages", name),
+                f"the stage `{name}` makes records, and an entry of `data` has the same name",
+                "rename one of the two: a field that reads records could mean either",
+            )
         if not self.stages:
             yield self._error(("stages",), "the recipe has no stages", "add at least one")
 
@@ -76,6 +86,11 @@ class _Check:
                 yield from self._data(name, loc, reference, reference.mark)
         if isinstance(stage, CompareStage):
             yield from self._compare(name, stage)
+            yield from self._twice(("stages", name, "candidates"), stage.candidates)
+        if isinstance(stage, SampleStage):
+            yield from self._twice(("stages", name, "policies"), stage.policies)
+        if isinstance(stage, ScoreStage) and all(each in plugins("align.scorers") for each in stage.scorers):
+            yield from self._weights(name, stage.weights, stage.parts)
 
     def _stage(self, name: str, loc: Loc, reference: Reference, mark: StageRef) -> Iterator[RecipeError]:
         fitting = [each for each, stage in self.stages.items() if stage.produces == mark.produces and each != name]
@@ -91,31 +106,67 @@ class _Check:
             yield self._error(loc, f"`{reference.name}` produces {_a(produces)}, not {_a(mark.produces)}", known)
 
     def _data(self, name: str, loc: Loc, reference: Reference, mark: DataRef) -> Iterator[RecipeError]:
-        fitting = [each for each, source in self.data.items() if _held(source, mark) in mark.records]
+        makers = {each: RECORDS_OF_FORMAT[stage.makes] for each, stage in self.makers.items() if each != name}
+        entries = [each for each, source in self.data.items() if _serves(source, mark)]
+        fitting = [*entries, *(each for each, held in makers.items() if held in mark.records)]
         self.meant.add(reference.name)
         (self.asked if "prompt" in mark.records else self.judged).add(reference.name)
-        if reference.name not in self.data:
-            near = nearest(reference.name, fitting) or nearest(reference.name, self.data)
+        if reference.name == name:
+            known = f"one of: {', '.join(fitting) or 'none'}"
+            yield self._error(loc, f"stage `{name}` names itself", f"name other records, {known}")
+        elif reference.name in makers:
+            yield from self._made(name, loc, reference.name, makers[reference.name], mark, fitting)
+        elif reference.name in self.data:
+            yield from self._entry(name, loc, reference.name, mark, entries)
+        elif reference.name in self.stages:
+            produces = _a(self.stages[reference.name].produces)
+            known = f"one of: {', '.join(fitting) or 'none'}"
+            yield self._error(loc, f"stage `{reference.name}` produces {produces}, and no records", known)
+        else:
+            near = nearest(reference.name, fitting) or nearest(reference.name, [*self.data, *makers])
             self.meant.update(near)
+            stage = " and no stage that makes records" if makers else ""
             yield self._error(
                 loc,
-                f"there is no data entry `{reference.name}`{did_you_mean(reference.name, near)}",
+                f"there is no data entry{stage} `{reference.name}`{did_you_mean(reference.name, near)}",
                 f"one of: {', '.join(fitting) or 'none'}; or add it under `data`",
             )
-            return
-        source = self.data[reference.name]
-        held = _held(source, mark)
-        if held not in mark.records and can_convert(source):
-            self.meant.update(fitting)
-            kind = type(self.stages[name]).model_fields["kind"].default
-            named = f"; entries that do: {', '.join(fitting)}" if fitting else ""
-            converted = f" and convert: {source.convert}" if source.convert else ""
+
+    def _made(
+        self, name: str, loc: Loc, named: str, held: str, mark: DataRef, fitting: list[str]
+    ) -> Iterator[RecipeError]:
+        """Records that a stage makes must be of a kind that is read there."""
+        if held not in mark.records:
             yield self._error(
                 loc,
-                f"`{reference.name}` has the format {source.format}{converted}, which holds {held} "
-                f"records; {kind} reads {either(list(mark.records))} records",
-                f"formats that serve: {', '.join(formats_of(mark.records))}{named}{_conversions(source, mark)}",
+                f"`{named}` makes {held} records; {self._kind(name)} reads {either(list(mark.records))} records",
+                f"{_way(named, held, mark)}; others that serve: {', '.join(fitting) or 'none'}",
             )
+
+    def _entry(self, name: str, loc: Loc, named: str, mark: DataRef, fitting: list[str]) -> Iterator[RecipeError]:
+        """Records of an entry, too."""
+        source = self.data[named]
+        held = _held(source, mark)
+        if source.format in mark.without and held in mark.records:
+            yield self._error(
+                loc,
+                f"`{named}` has the format {source.format}, which {self._kind(name)} does not read",
+                f"formats that serve: {', '.join(formats_of(mark.records, mark.without))}",
+            )
+        elif held not in mark.records and can_convert(source):
+            self.meant.update(fitting)
+            entries = f"; entries that do: {', '.join(fitting)}" if fitting else ""
+            converted = f" and convert: {source.convert}" if source.convert else ""
+            formats = ", ".join(formats_of(mark.records, mark.without))
+            yield self._error(
+                loc,
+                f"`{named}` has the format {source.format}{converted}, which holds {held} "
+                f"records; {self._kind(name)} reads {either(list(mark.records))} records",
+                f"formats that serve: {formats}{entries}{_conversions(source, mark)}",
+            )
+
+    def _kind(self, name: str) -> str:
+        return str(type(self.stages[name]).model_fields["kind"].default)
 
     def _compare(self, name: str, stage: CompareStage) -> Iterator[RecipeError]:
         if stage.baseline not in stage.candidates and stage.baseline in self.stages:
@@ -124,9 +175,20 @@ class _Check:
                 f"the baseline `{stage.baseline}` is not among the candidates",
                 f"add it to `candidates`, or name one of {', '.join(stage.candidates)}",
             )
-        for i, candidate in enumerate(stage.candidates):
-            if candidate in stage.candidates[:i]:
-                yield self._error(("stages", name, "candidates", i), f"`{candidate}` is named twice", "name it once")
+
+    def _weights(self, name: str, weights: Iterable[str], parts: list[str]) -> Iterator[RecipeError]:
+        for each in weights:
+            if each not in parts:
+                yield self._error(
+                    ("stages", name, "weights", each),
+                    f"no score of stage `{name}` is called `{each}`{did_you_mean(each, parts)}",
+                    f"one of: {', '.join(parts)}",
+                )
+
+    def _twice(self, loc: Loc, names: list[str]) -> Iterator[RecipeError]:
+        for i, each in enumerate(names):
+            if each in names[:i]:
+                yield self._error((*loc, i), f"`{each}` is named twice", "name it once")
 
     def model(self, name: str) -> Iterator[RecipeError]:
         stage = self.stages[name]
@@ -220,14 +282,31 @@ class _Check:
         return RecipeError(message, where=self.loaded.where(*loc), fix=fix)
 
 
-def formats_of(records: Collection[str]) -> list[str]:
-    """The formats that hold one of these kinds of records."""
-    return [fmt for fmt, record in RECORDS_OF_FORMAT.items() if record in records]
+def formats_of(records: Collection[str], without: Collection[str] = ()) -> list[str]:
+    """The formats that hold one of these kinds of records, some left out."""
+    return [fmt for fmt, record in RECORDS_OF_FORMAT.items() if record in records and fmt not in without]
 
 
 def _held(source: DataSource, mark: DataRef) -> str:
     """What a stage finds in an entry: its records, converted unless only their prompts are read."""
     return RECORDS_OF_FORMAT[source.format] if "prompt" in mark.records else records_of(source)
+
+
+def _way(named: str, held: str, mark: DataRef) -> str:
+    """How records that a stage makes could be made to serve."""
+    score = f"{{kind: score, samples: {named}, ...}}"
+    if "ranked" in mark.records and held == "samples":
+        return f"add a stage in between: {score}"
+    if held in ("samples", "ranked") and {"pair", "conversation"} & set(mark.records):
+        scored = "SCORED" if held == "samples" else named
+        select = f"{{kind: select, candidates: {scored}, how: ...}}"
+        return f"add a stage in between: {select}" if held == "ranked" else f"add two in between: {score}, {select}"
+    return f"name records of another kind, or change what `{named}` makes"
+
+
+def _serves(source: DataSource, mark: DataRef) -> bool:
+    """Whether an entry can be named there."""
+    return _held(source, mark) in mark.records and source.format not in mark.without
 
 
 def _conversions(source: DataSource, mark: DataRef) -> str:

@@ -15,11 +15,12 @@ from align.recipe.digest import Digests, digest_of
 from align.recipe.env import resolve_env
 from align.recipe.lineage import model_loc
 from align.recipe.load import LoadedRecipe
+from align.recipe.made import makers
 from align.recipe.origins import Loc
 from align.recipe.references import item_annotation, mark_of
 from align.recipe.shape import annotation_of
 from align.recipe.sources import Sources, base_folder, plugin_version
-from align.spec.base import DataRef, HubAdapter, Registered, Settings, StageRef
+from align.spec.base import CodeRef, DataRef, HubAdapter, Registered, Settings, StageRef
 from align.spec.data import FileData, HubData
 from align.spec.model import ModelSettings
 from align.spec.stages import Stage
@@ -40,6 +41,7 @@ class Fingerprints:
     def __init__(self, loaded: LoadedRecipe, sources: Sources, digests: Digests) -> None:
         self.loaded, self.sources, self.digests = loaded, sources, digests
         self.known: dict[str, str] = {}
+        self.makers = makers(loaded.stages)
 
     def add(self, name: str, stage: Stage, model: ModelSettings | None) -> str:
         """The fingerprint of a stage whose parents have theirs."""
@@ -80,12 +82,17 @@ class Fingerprints:
         mark = mark_of(value, annotation)
         if isinstance(mark, StageRef):
             # A comparison shows its candidates under their names: renaming one makes another result.
-            shows_names = self.loaded.stages[str(loc[1])].produces == "comparison"
+            shows_names = self.loaded.stages[str(loc[1])].shows_names
             return {"stage": self.known[value]} | ({"name": value} if shows_names else {})
+        if isinstance(mark, DataRef) and value in self.makers:
+            return {"stage": self.known[value]}
         if isinstance(mark, DataRef):
             return self._data(value)
         if isinstance(mark, Registered):
             return {"name": value, "version": plugin_version(mark.group, value)}
+        if isinstance(mark, CodeRef):
+            path, function = self.sources.code(value)
+            return {"function": function, "sha256": self.digests.file(path)}
         return to_jsonable_python(value)
 
     def _data(self, name: str) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from heapq import heappop, heappush
@@ -15,13 +15,15 @@ from align.recipe.fingerprint import Fingerprints
 from align.recipe.ignored import check_ignored
 from align.recipe.lineage import Lineage, declared_model, trains_base
 from align.recipe.load import LoadedRecipe
+from align.recipe.made import records_made
 from align.recipe.pins import Pins
-from align.recipe.references import references
+from align.recipe.references import Mark, Reference, references
 from align.recipe.sources import Sources
 from align.recipe.validate import combine
 from align.spec.base import DataRef, StageRef
 from align.spec.data import DataSource
 from align.spec.model import ModelSettings
+from align.spec.records import RecordsStage
 from align.spec.stages import PolicyStage, Stage
 from align.spec.train import LaunchSettings
 
@@ -33,10 +35,10 @@ class Node:
     Attributes:
         name: Its name in the recipe.
         stage: Its settings.
-        parents: The stages it names, its base included, in the order of its fields.
+        parents: The stages it names, those whose records it reads and its base included, in the order of its fields.
         model: The recipe's model with the stage's overrides; `base` is the parent where that was trained in full. None
             for a kind that starts from no model.
-        data: The entries of `data` it names.
+        data: The entries of `data` it names, and what stages it names make, each a file of the store.
         fingerprint: SHA-256 of everything that makes its result.
         launch: The stage's own launch settings, or the recipe's.
     """
@@ -89,7 +91,7 @@ def build_graph(loaded: LoadedRecipe, home: Path) -> Graph:
 
     Args:
         loaded: The recipe.
-        home: Root of the store, where digests of files are remembered.
+        home: Root of the store, where digests of files are remembered and records of stages lie.
 
     Raises:
         RecipeError: Unknown names, cycles, wrong ports, lineages that cannot be, settings that nothing reads, missing
@@ -108,12 +110,14 @@ def build_graph(loaded: LoadedRecipe, home: Path) -> Graph:
     _raise(lineage.errors)
     digests = Digests(home)
     fingerprints, pins = Fingerprints(loaded, sources, digests), Pins(loaded, digests)
-    nodes = {}
+    nodes: dict[str, Node] = {}
+    made: dict[str, DataSource] = {}
     for name in order:
         stage, model = stages[name], models[name]
         base = (model.base,) if model is not None and model.base in stages else ()
-        named = [each.name for each in references(stage) if isinstance(each.mark, StageRef)]
-        data = [each.name for each in references(stage) if isinstance(each.mark, DataRef)]
+        marked = list(references(stage))
+        data = [each.name for each in marked if isinstance(each.mark, DataRef)]
+        named = [each.name for each in marked if isinstance(each.mark, StageRef) or _is_made(each, made)]
         fingerprint = fingerprints.add(name, stage, model)  # first: it tells what the Hub does not have
         nodes[name] = Node(
             name=name,
@@ -121,9 +125,11 @@ def build_graph(loaded: LoadedRecipe, home: Path) -> Graph:
             parents=tuple(dict.fromkeys([*named, *base])),
             fingerprint=fingerprint,
             model=None if model is None else pins.model(model),
-            data={each: pins.source(loaded.recipe.data[each]) for each in data},
+            data={each: made.get(each) or pins.source(loaded.recipe.data[each]) for each in data},
             launch=getattr(stage, "launch", None) or loaded.recipe.launch,
         )
+        if isinstance(stage, RecordsStage):
+            made[name] = records_made(stage, fingerprint, home)
     digests.save()
     return Graph(loaded, nodes, digests.unresolved)
 
@@ -136,11 +142,21 @@ def _raise(errors: Iterable[RecipeError]) -> None:
 def _named(loaded: LoadedRecipe, name: str) -> list[str]:
     """The other stages that a stage names and could go on from, its declared base included."""
     stages, stage = loaded.stages, loaded.stages[name]
-    marked = [each for each in references(stage) if isinstance(each.mark, StageRef) and each.name in stages]
-    named = [each.name for each in marked if each.mark == StageRef(stages[each.name].produces)]
+    marked = [each for each in references(stage) if each.name in stages]
+    named = [each.name for each in marked if _port(each.mark) == StageRef(stages[each.name].produces)]
     if isinstance(stage, PolicyStage) and (model := declared_model(loaded, name, stage)) is not None:
         named += [model.base] if model.base in stages and trains_base(loaded, model.base) else []
     return [each for each in dict.fromkeys(named) if each != name]
+
+
+def _port(mark: Mark) -> Mark:
+    """What a stage has to produce to be named there."""
+    return StageRef("records") if isinstance(mark, DataRef) else mark
+
+
+def _is_made(reference: Reference, made: Mapping[str, DataSource]) -> bool:
+    """Whether it names records that a stage makes."""
+    return isinstance(reference.mark, DataRef) and reference.name in made
 
 
 def _sorted(edges: dict[str, list[str]]) -> tuple[list[str], list[str]]:

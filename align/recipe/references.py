@@ -8,9 +8,9 @@ from typing import Any, get_args
 
 from align.recipe.origins import Loc
 from align.recipe.shape import alternatives, annotation_of, metadata, strip
-from align.spec.base import DataRef, Registered, Settings, StageRef
+from align.spec.base import CodeRef, DataRef, Registered, Settings, StageRef
 
-Mark = StageRef | DataRef | Registered
+Mark = StageRef | DataRef | Registered | CodeRef
 
 
 @dataclass(frozen=True)

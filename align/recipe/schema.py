@@ -11,19 +11,17 @@ from pydantic import Field, create_model
 from align.methods import all_methods
 from align.spec.base import Settings, cosmetic
 from align.spec.data import DataSource
+from align.spec.kinds import OTHER_KINDS
 from align.spec.model import ModelSettings
-from align.spec.stages import CompareStage, Stage
+from align.spec.stages import Stage
 from align.spec.train import LaunchSettings, LoggingSettings
-
-OTHER_KINDS: tuple[type[Stage], ...] = (CompareStage,)
-"""The kinds that do not train."""
 
 
 @cache
 def stage_kinds() -> dict[str, type[Stage]]:
     """Every kind a stage may have, with its settings class."""
     kinds: dict[str, type[Stage]] = {name: m.config for name, m in all_methods().items()}
-    return kinds | {cls.model_fields["kind"].default: cls for cls in OTHER_KINDS}
+    return kinds | OTHER_KINDS
 
 
 class RecipeBase(Settings):

@@ -19,7 +19,7 @@ from align.recipe.origins import Loc
 from align.recipe.references import references
 from align.recipe.suggest import did_you_mean
 from align.recipe.validate import validate
-from align.spec.base import Registered
+from align.spec.base import CodeRef, Registered
 from align.spec.data import FIELDS_OF_FORMAT, FILE_KINDS, DataSource, FileData, GeneratedData
 
 
@@ -91,9 +91,15 @@ class Sources:
                 fix="make the file readable",
             ) from error
 
+    def code(self, spec: str) -> tuple[Path, str]:
+        """The file and the name of a `file.py:function`."""
+        path, _, function = spec.rpartition(":")
+        return self.loaded.folder / str(resolve_env(path)), function
+
     def check(self) -> Iterator[RecipeError]:
         """Everything outside that is not there."""
         yield from self._plugins()
+        yield from self._functions()
         for name, source in self.loaded.recipe.data.items():
             yield from self._columns(name, source)
             if isinstance(source, FileData):
@@ -127,6 +133,24 @@ class Sources:
                     f"one of: {', '.join(known) or 'none is installed'}",
                 )
 
+    def _functions(self) -> Iterator[RecipeError]:
+        """Files of the user's that are not there. What is in them is looked at when they are run, and not before."""
+        for loc, reference in references_in(self.loaded):
+            if not isinstance(reference.mark, CodeRef):
+                continue
+            path, function = self.code(reference.name)
+            if path.suffix != ".py" or not function.isidentifier():
+                yield self._error(
+                    loc, f"`{reference.name}` names no function", "write file.py:function, relative to the recipe"
+                )
+            elif not _is("file", path):
+                yield self._missing_file(loc, path, reference.name.rpartition(":")[0])
+
+    def _missing_file(self, loc: Loc, path: Path, written: str) -> RecipeError:
+        beside = [each.name for each in path.parent.iterdir()] if _is("dir", path.parent) else []
+        fix = f"paths start at {self.loaded.path.parent}/"
+        return self._error(loc, f"there is no file {written}{did_you_mean(path.name, beside)}", fix)
+
     def _columns(self, entry: str, source: DataSource) -> Iterator[RecipeError]:
         known = FIELDS_OF_FORMAT[source.format].names
         for name in source.columns:
@@ -145,10 +169,7 @@ class Sources:
             fix = f"name it {', '.join(FILE_KINDS)} (or any of these .gz)"
             yield self._error(loc, f"nothing reads a file that is called {source.path}", fix)
         elif not _is("file", path):
-            beside = [each.name for each in path.parent.iterdir()] if _is("dir", path.parent) else []
-            hint = did_you_mean(path.name, beside)
-            fix = f"paths start at {self.loaded.path.parent}/"
-            yield self._error(loc, f"there is no file {source.path}{hint}", fix)
+            yield self._missing_file(loc, path, source.path)
 
     def _generator(self, name: str, source: GeneratedData) -> Iterator[RecipeError]:
         """Asks the generator itself: its parts, the format of its rows, its options."""

@@ -56,9 +56,15 @@ class Recipe:
             digests=Digests(store.home),
         )
 
-    def run(self, until: str | None = None, from_: str | None = None, console: Console | None = None) -> RunResult:
+    def run(
+        self,
+        until: str | None = None,
+        from_: str | None = None,
+        allow_code: bool = False,
+        console: Console | None = None,
+    ) -> RunResult:
         """Run it; see `align.run`."""
-        return run_recipe(self.path, self.overrides, until=until, from_=from_, console=console)
+        return run_recipe(self.path, self.overrides, until=until, from_=from_, allow_code=allow_code, console=console)
 
     def results(self) -> dict[str, Results]:
         """Results of the comparisons of its last run in the current folder, by stage."""

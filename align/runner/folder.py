@@ -7,6 +7,8 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +19,8 @@ from align.artifacts.seal import write_atomic
 from align.errors import LaunchError
 from align.recipe import LoadedRecipe
 from align.recipe.document import dump
-from align.spec.base import Settings
+from align.recipe.references import references
+from align.spec.base import CodeRef, Settings
 
 RUNS = "runs"
 ROOTS = "roots"
@@ -194,6 +197,10 @@ def resolved(loaded: LoadedRecipe) -> dict[str, Any]:
             if info.is_required() and f not in stage
         }
         places += [(stage.get("model"), "base"), (stage.get("policy"), "adapter")]
+        for reference in references(loaded.stages[name]):
+            if isinstance(reference.mark, CodeRef):
+                *around, last = reference.loc
+                reduce(getitem, around, stage)[last] = str(loaded.folder / reference.name)
     for place, key in places:
         name = place.get(key) if isinstance(place, dict) else None
         if name is not None and name not in stages and (loaded.folder / name).exists():

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from align.errors import RecipeError
 from align.recipe import Graph, Node
+from align.recipe.made import RECORDS, makers
 from align.recipe.suggest import did_you_mean
 from align.runner.job import make_job
 from align.runner.launch import environment, error_class
@@ -31,8 +32,8 @@ def count_tokens(graph: Graph, home: Path) -> dict[str, dict[str, Any]]:
         home: Root of the store, which has the tokenizers of finished stages.
 
     Returns:
-        Stage -> `data` (the entry's name) and either `report` (a `DataReport`) or `known_after` (the stage whose work
-        the tokenizer is).
+        Stage -> `data` (the entry's name) and either `report` (a `DataReport`) or `known_after` (the stage that has yet
+        to make the tokenizer or the records).
 
     Raises:
         AlignError: The data cannot be read, or the tokenizer cannot be loaded.
@@ -70,17 +71,24 @@ def show_data(view: View, graph: Graph, data: str, *, home: Path, stage: str | N
 
 
 def stage_reading(graph: Graph, data: str, stage: str | None) -> Node:
-    """The stage that is meant: the one that is named, or the first that reads this entry of `data`.
+    """The stage that is meant: the one that is named, or the first that reads this entry of `data`, or these records.
 
     Raises:
         RecipeError: There is no such entry, no such stage, or the stage does not read it.
     """
-    known = graph.loaded.recipe.data
+    made = makers(graph.loaded.stages)
+    known = [*graph.loaded.recipe.data, *made]
     if data not in known:
         raise RecipeError(
             f"the recipe has no data `{data}`{did_you_mean(data, known)}", fix=f"one of: {', '.join(known)}"
         )
     readers = {node.name: node for node in graph.nodes.values() if data in node.data}
+    if not readers:
+        raise RecipeError(
+            f"no stage reads what `{data}` makes",
+            where=f"data {data}",
+            fix=f"look into runs/{graph.loaded.recipe.name}/{data}/{RECORDS} once it has run, or name it in a stage",
+        )
     if stage is None:
         return next(iter(readers.values()))
     if stage not in readers:

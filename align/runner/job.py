@@ -32,6 +32,13 @@ def make_job(graph: Graph, node: Node, *, home: Path, work: Path) -> Job:
         folder=str(loaded.folder.absolute()),
         work=str(work),
         home=str(home),
-        launch=node.launch if isinstance(node.stage, TrainedStage) else LaunchSettings(),
+        launch=_launch(node),
         logging=loaded.recipe.logging,
     )
+
+
+def _launch(node: Node) -> LaunchSettings:
+    """What starts the stage; without training there is nothing that DeepSpeed would take apart."""
+    if isinstance(node.stage, TrainedStage):
+        return node.launch
+    return LaunchSettings(processes=node.launch.processes if hasattr(node.stage, "launch") else 1)

@@ -17,6 +17,7 @@ from rich.console import Console
 from align.artifacts.store import Artifact, Store
 from align.errors import AlignError, LaunchError, RecipeError
 from align.recipe import Graph, LoadedRecipe, Node, build_graph, load_recipe
+from align.recipe.references import references
 from align.recipe.rules import check_rules
 from align.recipe.suggest import did_you_mean
 from align.report.page import write_report
@@ -25,6 +26,7 @@ from align.runner.job import make_job
 from align.runner.launch import RESTART, RESUME, Preempted, Worker, again_of
 from align.runner.progress import MetricsTail, StageProgress, clock
 from align.runner.results import keep_results, run_results, show_results
+from align.spec.base import CodeRef
 from align.spec.stages import engine_of
 
 POLL_SECONDS = 0.2
@@ -72,6 +74,7 @@ def run_recipe(
     overrides: Sequence[str] = (),
     until: str | None = None,
     from_: str | None = None,
+    allow_code: bool = False,
     console: Console | None = None,
 ) -> RunResult:
     """Run the stages of a recipe that are not in the store yet.
@@ -81,6 +84,7 @@ def run_recipe(
         overrides: `a.b=c`, as `--set` takes them.
         until: Stop after this stage.
         from_: Make this stage and all that follow from it again, even where the store has them.
+        allow_code: Whether functions of the user's that the recipe names may run.
         console: Where progress and tables go.
 
     Returns:
@@ -99,6 +103,8 @@ def run_recipe(
     _engines(graph, store)
     nodes = _selected(graph, until)
     again = _forced(graph, nodes, from_)
+    if not allow_code:
+        _no_code(graph, [node for node in nodes if node in again or not store.folder(node.fingerprint).exists()])
     folder = RunFolder.of(loaded.recipe.name)
     with folder.lock():
         folder.register(store.home)
@@ -150,6 +156,18 @@ def _engines(graph: Graph, store: Store) -> None:
                 where=graph.loaded.where("stages", node.name, "engine"),
                 fix="pip install 'align[trl]', or write engine: align",
             )
+
+
+def _no_code(graph: Graph, nodes: list[Node]) -> None:
+    """Python files run only where the user says so: a recipe from elsewhere must not bring its code along unseen."""
+    for node in nodes:
+        for each in references(node.stage):
+            if isinstance(each.mark, CodeRef):
+                raise LaunchError(
+                    f"stage `{node.name}` runs code of its own, {each.name}",
+                    where=graph.loaded.where("stages", node.name, *each.loc),
+                    fix="read it, then run with --allow-code",
+                )
 
 
 def _selected(graph: Graph, until: str | None) -> list[Node]:

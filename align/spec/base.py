@@ -70,9 +70,15 @@ class StageRef:
 
 @dataclass(frozen=True)
 class DataRef:
-    """Marks a field that names an entry of `data`, or a stage that makes records, and the kinds of them it may hold."""
+    """Marks a field that names an entry of `data`, or a stage that makes records.
+
+    Attributes:
+        records: The kinds of records it may hold.
+        without: Formats that hold such records and cannot be read there all the same.
+    """
 
     records: tuple[str, ...]
+    without: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,11 @@ class Registered:
     """Marks a field that names a plug-in: something registered in this entry point group."""
 
     group: str
+
+
+@dataclass(frozen=True)
+class CodeRef:
+    """Marks a field that names a function in a Python file of the user's: `file.py:function`."""
 
 
 class HubAdapter(Settings):

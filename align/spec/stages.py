@@ -6,7 +6,18 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from align.spec.base import DataRef, HubAdapter, PolicyRef, Produces, Registered, Settings, StageRef, Unread, cosmetic
+from align.spec.base import (
+    DataRef,
+    HubAdapter,
+    PolicyRef,
+    Produces,
+    Registered,
+    Settings,
+    StageRef,
+    Unread,
+    added,
+    cosmetic,
+)
 from align.spec.model import ModelOverride
 from align.spec.train import LaunchSettings, TrainSettings
 
@@ -17,6 +28,8 @@ class Stage(Settings):
     version: ClassVar[int] = 1
     """Part of the fingerprint; raised when the kind's results change."""
     produces: ClassVar[Produces]
+    shows_names: ClassVar[bool] = False
+    """Whether its result holds the names of the stages it was made from, so that renaming one makes another result."""
 
 
 class TrainedStage(Stage):
@@ -95,14 +108,26 @@ class GenerationSettings(Settings):
             "greedy decoding draws nothing",
             "remove it, or write a temperature above 0",
         ),
+        Unread(
+            "top_k",
+            lambda generation: generation.temperature == 0 and generation.top_k is not None,
+            "greedy decoding draws nothing",
+            "remove it, or write a temperature above 0",
+        ),
     )
 
     max_new_tokens: PositiveInt = 128
     temperature: NonNegativeFloat = 1.0
     """0 is greedy."""
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Draw from the likeliest tokens that together have this probability, after `top_k`."""
+    top_k: PositiveInt | None = added(None)
+    """Draw from this many of the likeliest tokens."""
+    stop: list[Annotated[str, Field(min_length=1)]] = added([])
+    """Strings that end a completion; the text keeps them."""
     seed: NonNegativeInt = 0
     batch_size: PositiveInt = cosmetic(64)
+    """Completions that are drawn side by side."""
 
 
 class CompareStage(Stage):
@@ -110,6 +135,7 @@ class CompareStage(Stage):
 
     kind: Literal["compare"] = "compare"
     produces = "comparison"
+    shows_names = True
     candidates: Annotated[list[Annotated[str, StageRef("policy")]], Field(min_length=1)]
     baseline: PolicyRef
     """The candidate that win rates and KL are taken against."""

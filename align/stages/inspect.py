@@ -2,7 +2,7 @@
 
 `python -m align.stages.inspect VIEW JOB.json... [--data NAME] [--rows N]`, where VIEW is `preview` (records), `mask`
 (which tokens are trained), `check` (what became of the rows) or `count`: one JSON object, stage -> `data` and `report`,
-or `data` and `known_after` where a stage that has not run makes the tokenizer.
+or `data` and `known_after` where a stage that has not run makes the tokenizer or the records.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from align.artifacts.store import Store
 from align.data import DataReport, Example, load_examples, load_prompts
+from align.data.candidates import load_candidates, load_conversations
 from align.data.check import first_examples, shared_prompts
 from align.data.preview import preview_masks, preview_records, report_tables
 from align.errors import AlignError, LaunchError, RecipeError
@@ -28,8 +29,12 @@ from align.methods.pretrain import Pretrain
 from align.models.platform import prepare_process
 from align.models.policies import load_policy_tokenizer
 from align.models.tokenizer import load_tokenizer
+from align.recipe.made import records_file
 from align.recipe.schema import stage_kinds
 from align.spec.job import Job
+from align.spec.sample import SampleStage
+from align.spec.score import ScoreStage
+from align.spec.select import SelectStage
 from align.spec.stages import CompareStage, TrainedStage
 from align.stages import start
 
@@ -44,19 +49,47 @@ class Reader:
         self.job, self.folder, self.store = job, Path(job.folder), Store(Path(job.home))
         self.settings = stage_kinds()[job.kind].model_validate(job.settings)
 
+    def unmade(self, data: str) -> bool:
+        """Whether these are records that a stage has yet to make."""
+        fingerprint, source = self.job.inputs.get(data), self.job.data[data]
+        if fingerprint is None or getattr(source, "path", None) != str(records_file(fingerprint, self.store.home)):
+            return False
+        return self.store.find(fingerprint) is None
+
+    def known_after(self, data: str) -> str | None:
+        """The stage that has to run before an entry is counted in tokens: it makes the records, or the tokenizer."""
+        return data if self.unmade(data) else self._tokenizer_after
+
+    def expect(self, data: str) -> None:
+        """Refuse records that are not there yet.
+
+        Raises:
+            LaunchError: Naming the stage that makes them.
+        """
+        if self.unmade(data):
+            raise LaunchError(
+                f"the records are made by stage `{data}`, which has not run yet",
+                where=f"stage {self.job.stage}: data {data}",
+                fix=f"align run RECIPE --until {data}",
+            )
+
     @property
-    def known_after(self) -> str | None:
-        """The stage that makes the tokenizer, if it has not run yet."""
+    def _speaker(self) -> str:
+        """The stage whose tokenizer reads the data."""
         if isinstance(self.settings, CompareStage):
-            name = self.settings.baseline
-        else:
-            name = self.job.model.base if self.job.model is not None else self.job.stage
+            return self.settings.baseline
+        return self.settings.policies[0] if isinstance(self.settings, SampleStage) else self.job.stage
+
+    @property
+    def _tokenizer_after(self) -> str | None:
+        """The stage that makes the tokenizer, if it has not run yet."""
+        name = self.job.model.base if self.job.model is not None else self._speaker
         fingerprint = self._fingerprint(name)
         return name if fingerprint is not None and self.store.find(fingerprint) is None else None
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        if (name := self.known_after) is not None:
+        if (name := self._tokenizer_after) is not None:
             raise LaunchError(
                 f"the tokenizer is made by stage `{name}`, which has not run yet",
                 where=f"stage {self.job.stage}",
@@ -65,8 +98,7 @@ class Reader:
         if self.job.model is not None:
             origin = start.of_model(self.job, self.job.model, self.store)
             return load_tokenizer(origin.base, origin.revision)
-        name = self.settings.baseline if isinstance(self.settings, CompareStage) else self.job.stage
-        fingerprint = self._fingerprint(name)
+        fingerprint = self._fingerprint(self._speaker)
         assert fingerprint is not None
         return load_policy_tokenizer(self.store, fingerprint)
 
@@ -89,20 +121,23 @@ class Reader:
 
     def report(self, name: str) -> DataReport:
         """What becomes of the rows of an entry."""
+        source = self.job.data[name]
         if isinstance(self.settings, TrainedStage):
-            return load_examples(self.job.data[name], **self._training)[1]
-        source, tokenizer = self.job.data[name], self.tokenizer
-        return load_prompts(source, tokenizer=tokenizer, max_tokens=ANY_LENGTH, folder=self.folder)[1]
+            return load_examples(source, **self._training)[1]
+        if isinstance(self.settings, ScoreStage | SelectStage):
+            whole = isinstance(self.settings, SelectStage) and name == self.settings.include
+            return (load_conversations if whole else load_candidates)(source, folder=self.folder)[1]
+        return load_prompts(source, tokenizer=self.tokenizer, max_tokens=ANY_LENGTH, folder=self.folder)[1]
 
     def examples(self, name: str, rows: int) -> list[Example]:
         """The first examples of an entry.
 
         Raises:
-            RecipeError: The stage only lets models answer it.
+            RecipeError: The stage trains nothing.
         """
         if not isinstance(self.settings, TrainedStage):
             raise RecipeError(
-                "nothing is trained on these prompts",
+                "nothing is trained on these records",
                 where=f"stage {self.job.stage}: data {name}",
                 fix=f"align data preview RECIPE {name}",
             )
@@ -113,19 +148,20 @@ def count(job: Job) -> dict[str, Any]:
     """What a training stage makes of its data."""
     reader = Reader(job)
     name: str = reader.settings.data  # type: ignore[attr-defined]
-    if reader.known_after is not None:
-        return {"data": name, "known_after": reader.known_after}
+    if (after := reader.known_after(name)) is not None:
+        return {"data": name, "known_after": after}
     return {"data": name, "report": reader.report(name).model_dump(mode="json")}
 
 
 def view(what: str, job: Job, name: str, rows: int) -> RenderableType:
     """One entry of `data` for a terminal."""
     reader = Reader(job)
+    reader.expect(name)
     if what == "preview":
         return preview_records(job.data[name], reader.folder, rows)
     if what == "mask":
         return preview_masks(job.data[name], reader.examples(name, rows), reader.tokenizer)
-    others = {other: source for other, source in job.data.items() if other != name}
+    others = {other: source for other, source in job.data.items() if other != name and not reader.unmade(other)}
     return report_tables(name, reader.report(name), shared_prompts(job.data[name], others, reader.folder))
 
 

@@ -9,7 +9,8 @@ import pytest
 from rich.console import Console
 
 from align.recipe import Graph, build_graph, load_recipe
-from align.recipe.plan import Plan, PlanRow, make_plan, plan_table
+from align.recipe.plan import Plan, PlanRow, make_plan
+from align.recipe.plan_table import plan_table
 from align.recipe.rows import count_rows
 from align.spec.data import FileData, GeneratedData, HubData
 from tests.recipe.conftest import Check

@@ -11,7 +11,8 @@ from rich.console import Console
 
 from align.recipe import Graph
 from align.recipe.digest import Digests
-from align.recipe.plan import Plan, make_plan, plan_table
+from align.recipe.plan import Plan, make_plan
+from align.recipe.plan_table import plan_table
 from align.recipe.reference import ReferenceNode, rows_id
 from tests.recipe.conftest import Check
 

@@ -82,7 +82,7 @@ def test_pretraining_trains_every_token_but_the_first(place: Path, capsys: pytes
 def test_prompts_to_be_answered_train_nothing(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, text = look(place, capsys, "mask", "heldout")
     assert code == 2
-    assert "stage comparison: data heldout: nothing is trained on these prompts" in text
+    assert "stage comparison: data heldout: nothing is trained on these records" in text
     code, text = look(place, capsys, "check", "heldout", "stages.comparison.candidates=[base]")
     assert code == 0
     assert "prompts that `corpus` has as well" in text
