@@ -42,6 +42,9 @@ SENTENCES = {
 }
 
 
+LATIN = ("de", "en", "es", "fr", "it", "pt")
+
+
 def test_every_language_has_a_sentence() -> None:
     assert SENTENCES.keys() == LANGUAGES
 
@@ -79,5 +82,5 @@ def test_real_texts_are_in_their_language(align_data: Path) -> None:
     english = json.loads((align_data / "sft" / "lima.json").read_text(encoding="utf-8"))
     korean_texts = [row["output"] for row in korean if len(row["output"]) > 100][:500]
     assert sum(speaks(text, "ko") for text in korean_texts) >= 470  # the others are code, or lists of English words
-    told = Counter(language for row in english[:500] for language in LANGUAGES if speaks(row["output"], language))
-    assert told == {"en": 491, "pt": 6, "es": 2, "de": 1}  # all 500, read by eye
+    told = Counter(language for row in english[:500] for language in LATIN if speaks(row["output"], language))
+    assert told == {"en": 491, "pt": 6, "es": 2, "de": 1}  # the nine, read by eye, are
