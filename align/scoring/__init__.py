@@ -1,7 +1,7 @@
 """Completions to scores."""
 
 from align.scoring.combine import Blend, Blended
-from align.scoring.function import FunctionScorer, is_function, load_function
+from align.scoring.function import FunctionScorer, load_function
 from align.scoring.registry import Scorer, columns_read, get_scorer, labels, score_completion, score_label
 
 __all__ = [
@@ -11,7 +11,6 @@ __all__ = [
     "Scorer",
     "columns_read",
     "get_scorer",
-    "is_function",
     "labels",
     "load_function",
     "score_completion",

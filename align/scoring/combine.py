@@ -29,41 +29,56 @@ class Blend:
 
     Args:
         scorers: By name.
-        weights: By the same names. One below 0 makes a score a cost, one of 0 leaves it a column in results.
+        weights: By the same names. One below 0 makes a score a cost, one of 0 leaves it a column in results. Further
+            names are those of scores that are given to `score`: a reward model scores many completions at once.
 
     Raises:
-        RecipeError: There is no scorer, one has no weight, or a weight is no finite number.
+        RecipeError: A scorer has no weight, a weight is no finite number, or there is none.
     """
 
     def __init__(self, scorers: Mapping[str, Scorer], weights: Mapping[str, float]) -> None:
-        if not scorers or scorers.keys() != weights.keys() or not all(map(math.isfinite, weights.values())):
+        if not weights or scorers.keys() - weights.keys() or not all(map(math.isfinite, weights.values())):
             raise RecipeError(
                 f"{list(scorers)} cannot be weighed with {dict(weights)}",
-                where="scorers",
-                fix="give each of one or more scorers a weight that is a finite number",
+                where="weights",
+                fix="give each of one or more scores a weight that is a finite number",
             )
-        label = labels(scorers)
-        self._parts = [(label[name], scorer, weights[name]) for name, scorer in scorers.items()]
-        self.labels = [label[name] for name in scorers]
-        self.reads = tuple(
-            dict.fromkeys(column for name, scorer in scorers.items() for column in columns_read(name, scorer))
-        )
+        self._scorers, self._weights = dict(scorers), dict(weights)
+        self._given = weights.keys() - scorers.keys()
+        label = {name: each for name, each in labels(scorers).items() if each not in self._given}
+        self._labels = {name: label.get(name, name) for name in weights}
+        columns = (column for name, scorer in scorers.items() for column in columns_read(name, scorer))
+        self.reads = tuple(dict.fromkeys(columns))
 
-    def score(self, prompt: str, completion: str, fields: Mapping[str, Any], row: int) -> Blended:
-        """The scores of one completion; see `score_completion`, which is asked for every part.
+    @property
+    def labels(self) -> list[str]:
+        """What the parts are called in results."""
+        return list(self._labels.values())
+
+    def score(
+        self,
+        prompt: str,
+        completion: str,
+        fields: Mapping[str, Any],
+        row: int,
+        given: Mapping[str, float] | None = None,
+    ) -> Blended:
+        """The scores of one completion; see `score_completion`, which is asked for what is not given.
 
         Raises:
             DataError: A scorer cannot use the row.
             TrainingError: What one returned is no score, or the sum is none.
         """
-        parts = {
-            label: score_completion(label, scorer, prompt, completion, fields, row) for label, scorer, _ in self._parts
-        }
-        total = sum(weight * parts[label] for label, _, weight in self._parts)
+        scores = dict(given or {})
+        assert scores.keys() == self._given, f"given {sorted(scores)}, weights name {sorted(self._given)}"
+        for name, scorer in self._scorers.items():
+            scores[name] = score_completion(self._labels[name], scorer, prompt, completion, fields, row)
+        parts = {label: scores[name] for name, label in self._labels.items()}
+        total = sum(weight * scores[name] for name, weight in self._weights.items())
         if not math.isfinite(total):
             raise TrainingError(
                 f"the weighted sum of the scores {parts} of the prompt in row {row} is {total}",
-                where="scorers",
+                where="weights",
                 fix="mend the scorer whose scores are that large, or lower its weight",
             )
         return Blended(total, parts)

@@ -63,11 +63,6 @@ class FunctionScorer:
             ) from error
 
 
-def is_function(name: str) -> bool:
-    """Whether a scorer's name in a recipe is that of a function in a file, and not of a registered one."""
-    return ".py:" in name or name.endswith(".py")
-
-
 def function_file(name: str, folder: Path) -> tuple[Path, str]:
     """The file and the function that ``file.py:function`` names.
 
@@ -76,10 +71,10 @@ def function_file(name: str, folder: Path) -> tuple[Path, str]:
     """
     file, _, function = name.rpartition(":")
     if not file.endswith(".py") or not function.isidentifier():
-        raise RecipeError(f"`{name}` names no function", where="scorers", fix="write path/to/file.py:function")
+        raise RecipeError(f"`{name}` names no function", where="functions", fix="write path/to/file.py:function")
     path = folder / file
     if not path.is_file():
-        raise RecipeError(f"there is no file {path}", where="scorers", fix=f"paths start at {folder}/")
+        raise RecipeError(f"there is no file {path}", where="functions", fix=f"paths start at {folder}/")
     return path, function
 
 
@@ -100,18 +95,18 @@ def load_function(name: str, folder: Path, *, allowed: bool, digest: str | None 
     if not allowed:
         raise RecipeError(
             f"{path} is code that align did not write, and nothing said that it may run",
-            where="scorers",
+            where="functions",
             fix="read it, then add --allow-code",
         )
     try:
         source = path.read_bytes()
     except OSError as error:
         raise RecipeError(
-            f"{path} cannot be read: {error.strerror}", where="scorers", fix="make it readable"
+            f"{path} cannot be read: {error.strerror}", where="functions", fix="make it readable"
         ) from error
     found = hashlib.sha256(source).hexdigest()
     if digest not in (None, found):
-        raise RecipeError(f"{path} has changed since the run was planned", where="scorers", fix="run it again")
+        raise RecipeError(f"{path} has changed since the run was planned", where="functions", fix="run it again")
     names = _run(source, path, found)
     if function_name not in names:
         own = [key for key, value in names.items() if inspect.isfunction(value)]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from align.errors import AlignError, DataError, RecipeError, TrainingError
-from align.scoring import Scorer, columns_read, is_function, load_function, score_completion, score_label
+from align.scoring import Scorer, columns_read, load_function, score_completion, score_label
 
 SOURCE = """from __future__ import annotations
 
@@ -94,12 +94,6 @@ def loaded(folder: Path, function: str) -> Scorer:
 
 def line_of(text: str) -> int:
     return next(i for i, line in enumerate(SOURCE.splitlines(), start=1) if text in line)
-
-
-def test_which_names_are_functions() -> None:
-    assert is_function("scorers/mine.py:exact")
-    assert is_function("mine.py")
-    assert not is_function("gsm8k")
 
 
 def test_a_function_scores(folder: Path) -> None:
