@@ -64,6 +64,7 @@ def publish_policy(
     if record.adapter and record.base == job.fingerprint:
         shutil.copytree(begin.base, folder / MODEL)
         base = str(store.folder(job.fingerprint) / MODEL)
+    own = roles.tensors(settings.produces)
     save_policy(
         roles,
         settings.produces,
@@ -71,9 +72,11 @@ def publish_policy(
         tokenizer=tokenizer,
         base_reference=base,
         base_revision=begin.revision,
-        state=state,
+        state={name: tensor for name, tensor in state.items() if name in own},  # a critic stays behind
     )
     shutil.copy(work / "metrics.jsonl", folder / "metrics.jsonl")
+    if (work / "samples.jsonl").exists():
+        shutil.copy(work / "samples.jsonl", folder / "samples.jsonl")
     data = {name: report.model_dump(mode="json") for name, report in reports.items()}
     for name, content in {"data.json": data, **(judgement.files if judgement else {})}.items():
         (folder / name).write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
@@ -99,7 +102,7 @@ def publish_policy(
     )
     write_card(folder, manifest)
     store.add(manifest, folder)
-    for leftover in ("staging", "checkpoints", "best", "merged"):
+    for leftover in ("staging", "checkpoints", "best", "merged", "rollouts"):
         shutil.rmtree(work / leftover, ignore_errors=True)
 
 

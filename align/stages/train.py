@@ -24,8 +24,8 @@ from align.models.base import load_base, new_base, without_dropout
 from align.models.platform import compute_dtype, device
 from align.models.rewards import load_reward_base
 from align.models.roles import RoleModel
-from align.models.source import reading
 from align.models.save import MODEL, empty_scorer, merge_adapter
+from align.models.source import reading
 from align.models.tokenizer import load_tokenizer, train_tokenizer
 from align.recipe.sizes import positions_of
 from align.spec.job import Job

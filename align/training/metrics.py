@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-
 ROLLOUT = '"rollout/number"'
 """In the line of a rollout."""
 
