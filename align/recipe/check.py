@@ -18,6 +18,7 @@ from align.recipe.suggest import did_you_mean, nearest
 from align.spec.base import DataRef, HubAdapter, StageRef
 from align.spec.data import RECORDS_OF_CONVERSION, RECORDS_OF_FORMAT, DataSource, can_convert, records_of
 from align.spec.model import LoraSettings, ModelSettings
+from align.spec.online import RolloutStage
 from align.spec.sample import SampleStage
 from align.spec.score import ScoreStage
 from align.spec.stages import CompareStage, PolicyStage
@@ -89,8 +90,9 @@ class _Check:
             yield from self._twice(("stages", name, "candidates"), stage.candidates)
         if isinstance(stage, SampleStage):
             yield from self._twice(("stages", name, "policies"), stage.policies)
-        if isinstance(stage, ScoreStage) and all(each in plugins("align.scorers") for each in stage.scorers):
-            yield from self._weights(name, stage.weights, stage.parts)
+        if isinstance(stage, ScoreStage | RolloutStage):
+            known = all(each in plugins("align.scorers") for each in stage.scorers)  # else that is what is told
+            yield from self._weights(name, stage.weights, stage.parts) if known else ()
 
     def _stage(self, name: str, loc: Loc, reference: Reference, mark: StageRef) -> Iterator[RecipeError]:
         fitting = [each for each, stage in self.stages.items() if stage.produces == mark.produces and each != name]
@@ -317,7 +319,7 @@ def _conversions(source: DataSource, mark: DataRef) -> str:
 
 
 def _a(produces: str) -> str:
-    return "a reward model" if produces == "reward" else f"a {produces}"
+    return {"reward": "a reward model", "records": "records"}.get(produces, f"a {produces}")
 
 
 def looks_like_path(name: str) -> bool:

@@ -19,9 +19,19 @@ def check_ignored(loaded: LoadedRecipe) -> Iterator[RecipeError]:
     """Every setting of the recipe that was written and has no effect."""
     for loc, settings in _within(loaded.recipe, ()):
         for each in declared(type(settings)):
-            if each.field in settings.model_fields_set and each.when(settings):
+            if (
+                each.field in settings.model_fields_set
+                and each.when(settings)
+                and not _is_default(settings, each.field)
+            ):
                 yield _error(loaded, (*loc, each.field), each.why, each.fix)
     yield from _loss_on_text(loaded)
+
+
+def _is_default(settings: Settings, field: str) -> bool:
+    """Whether a setting says what holds anyway: nobody waits for its effect, and the copy of a recipe says them all."""
+    default = type(settings).model_fields[field].get_default(call_default_factory=True)
+    return bool(getattr(settings, field) == default)
 
 
 def declared(kind: type[Settings]) -> list[Unread]:

@@ -66,9 +66,6 @@ class RolloutStage(PolicyStage):
     def _possible(self) -> RolloutStage:
         if self.reward is None and not self.scorers:
             raise ValueError("nothing scores the completions: name a `reward` stage, or `scorers`")
-        known = {*self.scorers, *(["reward"] if self.reward else [])}
-        if unknown := sorted(self.weights.keys() - known):
-            raise ValueError(f"`weights` has {', '.join(unknown)}; what scores here is {', '.join(sorted(known))}")
         if self.generation.temperature == 0:
             raise ValueError("`generation.temperature` is 0: nothing can be learnt from samples that do not vary")
         batch = self.train.global_batch_size
@@ -78,6 +75,11 @@ class RolloutStage(PolicyStage):
                 f"`train.global_batch_size` of {batch} prompts"
             )
         return self
+
+    @property
+    def parts(self) -> list[str]:
+        """What the scores are called that the sum is made of."""
+        return [*(["reward"] if self.reward else []), *self.scorers]
 
     @property
     def updates_per_rollout(self) -> int:

@@ -15,6 +15,7 @@ AUTHORS_OWN = ("stages", "data")
 CHOICES = (
     "kind", "policy", "reference", "data", "prompts", "baseline", "candidates", "format", "quantization", "dtype",
     "lr_scheduler", "keep", "deepspeed", "generator", "part", "scorers", "reduction", "loss_on", "report_to",
+    "policies", "decoding", "engine", "samples", "reward", "missing_eos", "how", "include",
 )  # fmt: skip
 """Keys whose text values come from a list of known words."""
 
@@ -117,6 +118,9 @@ def value_typos(text: str, rng: random.Random, known: set[str]) -> Iterator[Brok
             )
 
 
+SIGNED = ("weights", "threshold")
+"""Numbers that may be negative."""
+
 WRONG = {
     "int": ("abc", "[1]", "{a: 1}", "true", '"7"', "-1"),
     "float": ("abc", "[1]", "{a: 1}", "true", "-1"),
@@ -131,7 +135,7 @@ def wrong_types(text: str, rng: random.Random) -> Iterator[Broken]:
         kind = "bool" if value in ("true", "false") else "int" if re.fullmatch("[0-9]+", value) else "float"
         if spot.key or (kind == "float" and not re.fullmatch(r"[0-9]*\.?[0-9]*([eE]-?[0-9]+)?", value)) or not value:
             continue
-        wrong = rng.choice(WRONG[kind])
+        wrong = rng.choice([each for each in WRONG[kind] if each != "-1" or not set(SIGNED) & set(spot.path)])
         if "options" not in spot.path:
             yield Broken(f"{'.'.join(spot.path)}: {wrong}", replaced(text, spot.node, wrong), spot.line)
     for name in ("model", "data", "stages", "launch", "logging"):
