@@ -12,7 +12,7 @@ from align.data import ChatEncoder, Completion, DataReport, Example, PromptExamp
 from align.data.records import Conversation
 from align.errors import DataError, RecipeError
 from align.logps import last_rewards
-from align.methods import Method
+from align.methods import Method, get_method
 from align.methods.ppo import PPO
 from align.models.policies import locate
 from align.models.rewards import load_reward, read_normalization
@@ -22,9 +22,10 @@ from align.scoring import get_scorer, labels
 from align.spec.job import Job
 from align.spec.online import RolloutStage
 from align.stages import start
+from align.stages.material import Material
 from align.training.online import REWARD, Judges, Online
 from align.training.passes import run_passes
-from align.training.rollout_step import CRITIC
+from align.training.rollout_step import CRITIC, RolloutStep
 from align.training.schedule import RolloutSchedule
 from align.types import Batch, Needs
 
@@ -149,7 +150,7 @@ def add_seats(job: Job, settings: RolloutStage, method: Method, store: Store, ro
         normalization = read_normalization(store.folder(fingerprint))
     if Needs.VALUES not in method.needs:
         return
-    if folder is not None and getattr(settings, "critic_start", "reward") == "reward":
+    if folder is not None and isinstance(settings, PPO) and settings.critic_start == "reward":
         assert normalization is not None
         roles.add_adapter(CRITIC, folder=folder, with_head=True, trainable=True, dropout=0.0)
         head = roles.head(CRITIC)
@@ -159,38 +160,56 @@ def add_seats(job: Job, settings: RolloutStage, method: Method, store: Store, ro
         roles.add_head(CRITIC).reset_parameters()
 
 
-def make_online(
+def seat(
     job: Job,
     settings: RolloutStage,
-    method: Method,
-    *,
-    prompts: Sequence[PromptExample],
-    texts: Sequence[Example],
-    tokenizer: Any,
-    schedule: RolloutSchedule,
+    store: Store,
+    roles: RoleModel,
+    material: Material,
+    schedule: Any,
     reward: OwnReward | None,
     report: Any,
-) -> Online:
-    """The rollouts of a stage."""
-    scorers = {name: get_scorer(name) for name in settings.scorers}
-    columns = labels(scorers)
-    weights = {columns[name]: settings.weights.get(name, 1.0) for name in scorers}
-    weights[REWARD] = settings.weights.get(REWARD, 1.0)
-    judges = Judges(
-        {columns[name]: (name, scorer) for name, scorer in scorers.items()},
-        weights,
-        None if settings.reward is None else reward or "shared",
-    )
-    return Online(
+) -> dict[str, Any]:
+    """Give every role its seat on the model, and the trainer what it needs beside a model.
+
+    Args:
+        job: The stage.
+        settings: Its settings.
+        store: Where the reward model is.
+        roles: The model, with its policy and reference.
+        material: Prompts, and texts to mix in.
+        schedule: The `RolloutSchedule`.
+        reward: A reward model with a base of its own.
+        report: Told what is being done.
+
+    Returns:
+        Arguments of the trainer.
+    """
+    assert isinstance(schedule, RolloutSchedule)
+    method = get_method(job.kind)
+    add_seats(job, settings, method, store, roles, own=reward is not None)
+    online = Online(
         settings,
         method,
-        prompts=prompts,
-        judges=judges,
+        prompts=material.prompts,
+        judges=_judges(settings, reward),
         schedule=schedule,
-        tokenizer=tokenizer,
+        tokenizer=material.tokenizer,
         reference=getattr(settings, "reference", None) is not None,
-        texts=texts,
+        texts=material.examples,
         synced=job.launch.deepspeed == "zero3",
         work=Path(job.work),
         report=report,
     )
+    rate = settings.critic_learning_rate if isinstance(settings, PPO) else None
+    step = RolloutStep(method, settings, settings.train.pack_tokens)
+    return {"step": step, "online": online, "learning_rates": {CRITIC: rate} if rate else {}}
+
+
+def _judges(settings: RolloutStage, reward: OwnReward | None) -> Judges:
+    scorers = {name: get_scorer(name) for name in settings.scorers}
+    columns = labels(scorers)
+    weights = {columns[name]: settings.weights.get(name, 1.0) for name in scorers}
+    weights[REWARD] = settings.weights.get(REWARD, 1.0)
+    named = {columns[name]: (name, scorer) for name, scorer in scorers.items()}
+    return Judges(named, weights, None if settings.reward is None else reward or "shared")

@@ -14,7 +14,7 @@ from transformers import AutoConfig
 
 from align.artifacts.manifest import PolicyRecord
 from align.artifacts.store import Store
-from align.data import DataReport, Example, PromptExample, load_examples, split_validation
+from align.data import DataReport, Example, load_examples, split_validation
 from align.data.chat import LossOn
 from align.data.check import training_texts
 from align.methods import Method, get_method
@@ -34,12 +34,12 @@ from align.spec.online import RolloutStage
 from align.spec.stages import PolicyStage, TrainedStage, engine_of
 from align.stages import online, start
 from align.stages.finish import publish_policy
+from align.stages.material import Material
 from align.stages.reference import find_references, read_second_copy
 from align.stages.reward import Finished, draw_samples, judge
 from align.training import collectives
 from align.training.arguments import deepspeed_config, training_arguments
 from align.training.distributed import process_group
-from align.training.rollout_step import CRITIC, RolloutStep
 from align.training.schedule import RolloutSchedule, Schedule
 from align.training.step import Step
 from align.training.trainer import AlignTrainer
@@ -62,25 +62,6 @@ class Opened:
     same_reference: bool
     begin: start.Start
     record: PolicyRecord
-
-
-@dataclass(frozen=True)
-class Material:
-    """What a stage trains on: the same on every rank.
-
-    Attributes:
-        tokenizer: The model's.
-        examples: To train on; the texts to mix in for a stage on rollouts.
-        validation: Held out.
-        reports: Data name -> what was read, dropped and quarantined.
-        prompts: What a stage on rollouts asks.
-    """
-
-    tokenizer: Any
-    examples: list[Example]
-    validation: Sequence[Example]
-    reports: dict[str, DataReport]
-    prompts: Sequence[PromptExample] = ()
 
 
 def run(job: Job, settings: TrainedStage, store: Store, report: Any) -> None:
@@ -145,26 +126,11 @@ def _train(job: Job, settings: TrainedStage, store: Store, material: Material, r
         run_name=f"{job.recipe}/{job.stage}",
     )
     opened = _open(job, settings, store, tokenizer)
-    method = get_method(job.kind)
-    source: dict[str, Any]
     if isinstance(settings, RolloutStage):
-        assert isinstance(schedule, RolloutSchedule)
-        online.add_seats(job, settings, method, store, opened.roles, own=reward is not None)
-        made = online.make_online(
-            job,
-            settings,
-            method,
-            prompts=material.prompts,
-            texts=examples,
-            tokenizer=tokenizer,
-            schedule=schedule,
-            reward=reward,
-            report=report,
-        )
-        rate = getattr(settings, "critic_learning_rate", None)
-        source = {"online": made, "learning_rates": {CRITIC: rate} if rate else {}}
+        source = online.seat(job, settings, store, opened.roles, material, schedule, reward, report)
     else:
         source = {
+            "step": Step(get_method(job.kind), settings, settings.train.pack_tokens),
             "examples": examples,
             "validation": material.validation,
             "validation_settings": settings.train.validation,
@@ -172,11 +138,9 @@ def _train(job: Job, settings: TrainedStage, store: Store, material: Material, r
             "reference_role": opened.reference_role,
             "same_reference": opened.same_reference,
         }
-    step = RolloutStep if isinstance(settings, RolloutStage) else Step
     trainer = AlignTrainer(
         opened.roles,
         args,
-        step=step(method, settings, settings.train.pack_tokens),
         schedule=schedule,
         work=Path(job.work),
         keep_checkpoints=settings.train.keep_checkpoints,

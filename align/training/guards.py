@@ -6,11 +6,14 @@ A signal or a bad number on one rank is agreed on by all ranks, so that none wai
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import FrameType
 
 import torch
 from torch import Tensor, nn
+
+from align.errors import TrainingError
+from align.training import collectives
 
 
 class FiniteGradients:
@@ -35,6 +38,31 @@ class FiniteGradients:
     def close(self) -> None:
         for handle in self._handles:
             handle.remove()
+
+
+def refuse_non_finite(loss: Tensor, gradient: bool, rows: Sequence[int], step: int) -> None:
+    """Stop all ranks before the optimizer steps, if any of them has seen a number that is not finite.
+
+    Args:
+        loss: This rank's loss.
+        gradient: Whether one of its gradients is not finite.
+        rows: Rows of the data in its batch.
+        step: Optimizer steps taken so far.
+
+    Raises:
+        TrainingError: On every rank.
+    """
+    bad = not bool(torch.isfinite(loss))
+    seen = collectives.gather_objects((bad, gradient, list(rows) if bad or gradient else []))
+    if not any(b or g for b, g, _ in seen):
+        return
+    what = "loss" if any(b for b, *_ in seen) else "gradient"
+    raise TrainingError(
+        f"the {what} of step {step + 1} is not finite; the weights are those of step {step}. Rows of the data in this "
+        f"batch: {[row for *_, batch in seen for row in batch]}",
+        fix="lower learning_rate, look at these rows with `align data preview`, or use a wider dtype; "
+        "the same command resumes from the last checkpoint",
+    )
 
 
 class StopRequest:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from align.data.chat import Example
 from align.logps import Pack, empty_pack, pack_examples, token_logps, token_logps_and_entropy, token_values
+from align.methods.ppo import PPO
 from align.spec.online import RolloutStage
 from align.training.buffer import RolloutExample
 from align.training.step import Reference, Step, Totals
@@ -126,7 +127,8 @@ class RolloutStep(Step):
 
     def _text(self, logps: Tensor, pack: Pack) -> LossOutput:
         """The negative log-likelihood of [N] tokens of texts that are mixed in."""
-        term = Term(-logps, torch.ones_like(logps), getattr(self.config, "ptx_weight", 1.0))
+        assert isinstance(self.config, PPO)
+        term = Term(-logps, torch.ones_like(logps), self.config.ptx_weight)
         return LossOutput({"ptx": term}, {"ptx/loss": Term(-logps.detach(), torch.ones_like(logps))})
 
 

@@ -31,9 +31,10 @@ from align.recipe.rope import check_rope
 from align.spec.train import ValidationSettings
 from align.training import checkpoint as ckpt
 from align.training import collectives
-from align.training.guards import FiniteGradients, StopRequest
+from align.training.guards import FiniteGradients, StopRequest, refuse_non_finite
 from align.training.metrics import MetricsFile
 from align.training.online import Online
+from align.training.optimizer import set_apart
 from align.training.reference import References, starting_kl
 from align.training.schedule import RolloutSchedule, Schedule, StepDataset
 from align.training.step import Reference, Step, Totals, pooled_means, scaled_loss
@@ -201,16 +202,9 @@ class AlignTrainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW; a second trained role has groups of its own where it has a learning rate of its own."""
-        before = self.optimizer
-        optimizer = super().create_optimizer(model)
-        if before is None:
-            for role, rate in self.learning_rates.items():
-                own = {id(p) for p in self.model.tensors(role).values()}
-                for group in list(optimizer.param_groups):
-                    apart = [p for p in group["params"] if id(p) in own]
-                    if apart:
-                        group["params"] = [p for p in group["params"] if id(p) not in own]
-                        optimizer.add_param_group({**group, "params": apart, "lr": rate})
+        fresh, optimizer = self.optimizer is None, super().create_optimizer(model)
+        for role, rate in self.learning_rates.items() if fresh else ():
+            set_apart(optimizer, self.model.tensors(role).values(), rate)
         return optimizer
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -285,7 +279,7 @@ class AlignTrainer(Trainer):
                 else:
                     (loss * world).backward()
             loss_sum += loss.detach()
-        self._refuse_non_finite(loss_sum, examples)
+        refuse_non_finite(loss_sum, self._gradients.pop(), [e.row for e in examples], step)
         self._metrics.merge(metrics)
         if self.online is not None:
             self.online.updated(step, metrics.numbers())
@@ -332,21 +326,6 @@ class AlignTrainer(Trainer):
             self.stop_request.received = signals[0]
             self.control.should_save = self.control.should_training_stop = True
         return max(n for n, *_ in seen), total
-
-    def _refuse_non_finite(self, loss: Tensor, examples: Sequence[Example]) -> None:
-        gradient = self._gradients.pop()
-        bad_loss = not bool(torch.isfinite(loss))
-        seen = collectives.gather_objects((bad_loss, gradient, [e.row for e in examples if bad_loss or gradient]))
-        if not any(b or g for b, g, _ in seen):
-            return
-        what = "loss" if any(b for b, *_ in seen) else "gradient"
-        rows = [row for *_, batch in seen for row in batch]
-        raise TrainingError(
-            f"the {what} of step {self.state.global_step + 1} is not finite; the weights are those of step "
-            f"{self.state.global_step}. Rows of the data in this batch: {rows}",
-            fix="lower learning_rate, look at these rows with `align data preview`, or use a wider dtype; "
-            "the same command resumes from the last checkpoint",
-        )
 
     # --- validation -----------------------------------------------------------------------------------------------
 
