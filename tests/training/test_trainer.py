@@ -269,6 +269,8 @@ def poison(where: str, step: int):
             parameter.register_hook(nan)
             trainer._gradients = type(trainer._gradients)(p for p in trainer.model.parameters() if p.requires_grad)
         else:
-            trainer.model.causal_lm.lm_head.register_forward_hook(lambda module, args, out: (nan(out[0]), out[1]))
+            trainer.model.causal_lm.lm_head.register_forward_hook(
+                lambda module, args, out: (nan(out[0]), *out[1:]) if isinstance(out, tuple) else nan(out)
+            )
 
     return hook
