@@ -41,6 +41,7 @@ def training_memory(
     pack_tokens: int,
     compute_bytes: int,
     frozen_adapters: int = 0,
+    critic: bool = False,
     scores: bool = False,
 ) -> Parts:
     """Bytes of one rank of a training stage, at its peak.
@@ -52,6 +53,7 @@ def training_memory(
         pack_tokens: Tokens of one forward pass.
         compute_bytes: Bytes of a number in the compute dtype.
         frozen_adapters: Adapters beside the trained one: the reference's.
+        critic: Whether a second adapter is trained beside it, with a scalar head.
         scores: Whether a scalar head is trained instead of log-probabilities being taken: there are no logits then.
     """
     zero, ranks = 0 if launch.deepspeed == "none" else int(launch.deepspeed[-1]), launch.processes
@@ -61,7 +63,7 @@ def training_memory(
 
     lora = model.adapter if isinstance(model.adapter, LoraSettings) else None
     adapter = 0 if lora is None else size.adapter_parameters(lora)
-    trained = (adapter or size.parameters) + (size.hidden if scores else 0)
+    trained = (adapter or size.parameters) * (2 if critic else 1) + (size.hidden if scores or critic else 0)
     # DeepSpeed trains in the compute dtype beside an fp32 copy; without it the weights themselves are fp32.
     weight = compute_bytes if zero else MASTER_BYTES
     master = MASTER_BYTES if zero else 0
@@ -76,7 +78,7 @@ def training_memory(
         "optimizer": trained * (ADAM_BYTES + master) // shared_from(1),
         "autocast": trained * compute_bytes if lora is None and weight > compute_bytes else 0,
         "gathered": min(whole, whole * LIVE_PARAMETERS // size.parameters) if shared_from(3) > 1 else 0,
-        "activations": _activations(size, model, pack_tokens, compute_bytes),
+        "activations": _activations(size, model, pack_tokens, compute_bytes) * (2 if critic else 1),
         "head": 0 if scores else TILE_COPIES * 4 * min(pack_tokens * size.vocabulary, TILE_ELEMENTS),
     }
     return {name: bytes_ for name, bytes_ in parts.items() if bytes_}

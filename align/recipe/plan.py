@@ -22,6 +22,7 @@ from align.recipe.packing import TRL, PackingChoice, choose, kernel_for
 from align.recipe.reference import ReferenceNode, reference_nodes
 from align.recipe.references import references
 from align.recipe.rows import count_rows
+from align.recipe.seats import has_critic, seats, shares_base
 from align.recipe.sizes import ModelSize, cached_folder, config_of_folder, size_of_architecture, size_of_folder
 from align.recipe.sources import base_folder
 from align.spec.base import StageRef
@@ -245,15 +246,32 @@ class _Planner:
             completions = COMPLETIONS[Batch.PAIRED]  # a list of two, for a method on lists
         example = completions * train.max_tokens
         share = math.ceil(train.global_batch_size / node.launch.processes) * example
-        return training_memory(
+        critic = isinstance(stage, RolloutStage) and has_critic(stage)
+        budget = train.pack_tokens // 2 if critic else train.pack_tokens
+        parts = training_memory(
             size,
             model,
             node.launch,
-            pack_tokens=min(max(train.pack_tokens, example), share),
+            pack_tokens=min(max(budget, example), share),
             compute_bytes=self.bytes_of(model),
             frozen_adapters=self.frozen_adapters(node),
+            critic=critic,
             scores=stage.produces == "reward",
         )
+        own = self.own_reward(node)
+        return parts | {"the reward model's own base": own} if own else parts
+
+    def own_reward(self, node: Node) -> int:
+        """Bytes of a reward model that does not share the base of the stage that asks it."""
+        if not isinstance(node.stage, RolloutStage) or node.stage.reward is None or shares_base(node, self.graph):
+            return 0
+        reward = self.graph.nodes[node.stage.reward]
+        size, model = self.size(reward), self.model(reward)
+        if size is None:
+            return 0
+        lora = model.adapter if isinstance(model.adapter, LoraSettings) else None
+        base = size.frozen_bytes(model.quantization if lora else "none", self.bytes_of(model))
+        return base + (MASTER_BYTES * size.adapter_parameters(lora) if lora else 0)
 
     def packing(self, node: Node, stage: TrainedStage) -> PackingChoice | None:
         """What the engine will choose, unless the model itself disagrees with its configuration."""
@@ -323,6 +341,7 @@ class _Planner:
             for note in (
                 self.peer(node),
                 self.second_copy(node),
+                self.seats(node),
                 self.merging(node),
                 self.positions(node),
                 self.answers(node),
@@ -354,6 +373,18 @@ class _Planner:
 
     def _fingerprint(self, stage: str) -> str | None:
         return self.graph.nodes[stage].fingerprint if stage in self.graph.nodes else None
+
+    def seats(self, node: Node) -> str:
+        """What every role takes beside the one base."""
+        size = self.size(node)
+        if not isinstance(node.stage, RolloutStage) or size is None:
+            return ""
+        model = self.model(node)
+        lora = isinstance(model.adapter, LoraSettings)
+        base = size.frozen_bytes(model.quantization, self.bytes_of(model)) if lora else 0
+        found = seats(node, self.graph, size, own_reward=self.own_reward(node))
+        told = [f"{each.role} {size_text(each.bytes)}{', a second copy' if each.own_base else ''}" for each in found]
+        return (f"one base of {size_text(base)}: " if lora else "") + "; ".join(told)
 
     def merging(self, node: Node) -> str:
         size = self.size_of_base(node.model) if node.model is not None and node.model.merge_parent else None

@@ -20,11 +20,13 @@ from align.recipe.lineage import model_loc
 from align.recipe.load import LoadedRecipe
 from align.recipe.origins import Loc
 from align.recipe.rope import Rope, rope_of
+from align.recipe.seats import has_critic
 from align.recipe.sizes import config_of_folder, positions_of
 from align.recipe.sources import base_folder
 from align.recipe.validate import combine
 from align.spec.data import records_of
 from align.spec.model import Architecture, LoraSettings
+from align.spec.online import RolloutStage
 from align.spec.stages import TrainedStage, engine_of, reference_of
 
 
@@ -61,6 +63,26 @@ def _dropout_with_reference(node: Node) -> bool:
 def _int8_with_reference(node: Node) -> bool:
     quantised = node.model is not None and node.model.quantization == "int8"
     return quantised and reference_of(node.stage) is not None
+
+
+def _full_seats(node: Node) -> bool:
+    full = isinstance(node.stage, RolloutStage) and node.model is not None and node.model.adapter == "none"
+    return full and (has_critic(node.stage) or reference_of(node.stage) is not None)  # type: ignore[arg-type]
+
+
+def _dropout_in_rollouts(node: Node) -> bool:
+    adapter = node.model.adapter if node.model is not None else None
+    unreferenced = isinstance(node.stage, RolloutStage) and reference_of(node.stage) is None
+    return unreferenced and isinstance(adapter, LoraSettings) and adapter.dropout > 0
+
+
+def _int8_in_rollouts(node: Node) -> bool:
+    quantised = node.model is not None and node.model.quantization == "int8"
+    return quantised and isinstance(node.stage, RolloutStage) and reference_of(node.stage) is None
+
+
+def _validated_rollouts(node: Node) -> bool:
+    return isinstance(node.stage, RolloutStage) and node.stage.train.validation is not None
 
 
 def _merged_by_one_rank(node: Node) -> bool:
@@ -128,6 +150,38 @@ RULES: tuple[Rule, ...] = (
         "int8 rounds activations by what else is in the batch, so policy and reference differ by noise of 0.01 nats "
         "per token and more",
         "write quantization: nf4",
+    ),
+    Rule(
+        "rollout-full",
+        ("model.adapter", "stage.kind"),
+        "`adapter: none` with a method on rollouts that has a critic or a `reference`",
+        _full_seats,
+        "policy, reference and critic are adapters on one base, and a base that is trained moves under them",
+        "give an adapter ({kind: lora}); `grpo`, `rloo` and `reinforce_pp` also train in full with reference: null",
+    ),
+    Rule(
+        "rollout-dropout",
+        ("model.adapter.dropout", "stage.kind"),
+        "LoRA `dropout` above 0 with a method on rollouts",
+        _dropout_in_rollouts,
+        "completions are drawn without dropout, so the ratio of new to old policy would not start at 1",
+        "write dropout: 0 in this stage's `model.adapter`",
+    ),
+    Rule(
+        "rollout-int8",
+        ("model.quantization", "stage.kind"),
+        "`quantization: int8` with a method on rollouts",
+        _int8_in_rollouts,
+        "int8 rounds activations by what else is in the batch, so the ratio of new to old policy would not start at 1",
+        "write quantization: nf4",
+    ),
+    Rule(
+        "rollout-validation",
+        ("stage.train.validation.fraction", "stage.kind"),
+        "`validation` with a method on rollouts",
+        _validated_rollouts,
+        "there is no loss on held-out examples: what is learnt is the score, which every rollout tells",
+        "remove it, and compare policies on held-out prompts in a `compare` stage",
     ),
     Rule(
         "merge-zero3",

@@ -74,6 +74,8 @@ def shares_base(job: Job, settings: RolloutStage, store: Store, begin: start.Sta
         return False
     source = locate(store, job.inputs[settings.reward], "reward")
     own = (begin.base, begin.revision, job.model.quantization)
+    if job.model.adapter == "none" or job.model.merge_parent:
+        return False  # the base moves, or is another one
     return source.adapter is not None and (source.base, source.revision, source.model.quantization) == own
 
 

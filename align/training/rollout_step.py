@@ -34,7 +34,9 @@ class RolloutStep(Step):
         return [*self._packed(examples, texts), *self._packed(examples, drawn)]
 
     def _packed(self, examples: Sequence[Example], which: Sequence[int]) -> list[Pack]:
-        packs = pack_examples([examples[i] for i in which], self.pack_tokens, packing=self.packing)
+        # The activations of policy and critic live at once: half the tokens in a pack keep memory where it was.
+        budget = self.pack_tokens // 2 if Needs.VALUES in self.method.needs else self.pack_tokens
+        packs = pack_examples([examples[i] for i in which], budget, packing=self.packing)
         return [replace(pack, examples=tuple(which[i] for i in pack.examples)) for pack in packs]
 
     def weights(self, examples: Sequence[Example], packs: Iterable[Pack]) -> dict[str, float]:

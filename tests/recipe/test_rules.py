@@ -28,6 +28,8 @@ launch: {processes: 2}
 
 ALONE = ["stages.sft.engine=trl", "stages.sft.launch={processes: 1}"]
 PEER = ["stages.dpo.engine=trl", "stages.dpo.launch={processes: 1}"]
+ROLLOUTS = "stages.dpo={kind: grpo, policy: sft, reference: REFERENCE, scorers: [film-reviews], prompts: pairs}"
+FREE = ROLLOUTS.replace("REFERENCE", "null")
 
 BROKEN = {
     "quantised-full": (
@@ -44,6 +46,26 @@ BROKEN = {
         ["model.quantization=int8"],
         "--set model.quantization=int8",
         "stage `dpo` has quantization int8 with reference sft",
+    ),
+    "rollout-full": (
+        ["model.adapter=none", "model.quantization=none", ROLLOUTS.replace("REFERENCE", "sft")],
+        "--set model.adapter=none",
+        "stage `dpo` has adapter none with kind grpo",
+    ),
+    "rollout-dropout": (
+        [FREE, "model.adapter.dropout=0.1"],
+        "--set model.adapter.dropout=0.1",
+        "stage `dpo` has dropout 0.1 with kind grpo",
+    ),
+    "rollout-int8": (
+        [FREE, "model.quantization=int8"],
+        "--set model.quantization=int8",
+        "stage `dpo` has quantization int8 with kind grpo",
+    ),
+    "rollout-validation": (
+        [FREE, "stages.dpo.train={validation: {fraction: 0.1}}"],
+        "--set stages.dpo.train=",
+        "stage `dpo` has fraction 0.1 with kind grpo",
     ),
     "merge-zero3": (
         [
