@@ -133,7 +133,7 @@ def test_without_beta_or_reference_rewards_are_the_scores_at_the_end():
 
 def test_whitening_counts_what_is_kept_and_moves_all():
     g = torch.Generator().manual_seed(0)
-    values, kept = torch.randn(50, generator=g, dtype=torch.float64) * 3 + 2, torch.arange(50) % 4 != 0
+    values, kept = torch.randn(50, generator=g, dtype=torch.float64) * 3 - 2, torch.arange(50) % 4 != 0
     for unbiased in (True, False):
         white = whiten(values, kept, unbiased=unbiased)
         assert white[kept].mean().item() == pytest.approx(0.0, abs=1e-12)

@@ -174,13 +174,13 @@ def test_a_critic_that_knows_the_outcome_leaves_nothing_to_learn():
 
 def test_a_critic_that_has_moved_far_towards_its_returns_is_held():
     """Its gradient is cut off beyond the clip, and not on the way back."""
-    one = torch.ones(3, dtype=torch.float64)
-    values = torch.tensor([0.1, 0.5, -0.5], dtype=torch.float64).requires_grad_()
+    one = torch.ones(4, dtype=torch.float64)
+    values = torch.tensor([0.1, 0.5, 0.9, -0.5], dtype=torch.float64).requires_grad_()
     batch = RolloutLogps(
-        -one, -one, one, torch.arange(3), torch.ones(3).long(), one,
+        -one, -one, one, torch.arange(4), torch.ones(4).long(), one,
         values=values, old_values=0 * one, returns=one,
     )  # fmt: skip
-    out = ppo_loss(batch, ppo(value_weight=3.0))
+    out = ppo_loss(batch, ppo(value_weight=4.0))
     out.loss.backward()
-    assert values.grad.tolist() == pytest.approx([0.1 - 1, 0.0, -0.5 - 1])
-    assert out.metrics["value/clip_fraction"].value.item() == pytest.approx(1 / 3)
+    assert values.grad.tolist() == pytest.approx([0.1 - 1, 0.0, 0.0, -0.5 - 1])
+    assert out.metrics["value/clip_fraction"].value.item() == pytest.approx(0.5)

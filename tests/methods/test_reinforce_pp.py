@@ -87,6 +87,16 @@ def test_long_completions_weigh_more_in_the_normalisation():
     assert found.tolist() == pytest.approx([0.25 / (3 / 16) ** 0.5] * 3 + [-0.75 / (3 / 16) ** 0.5])
 
 
+def test_with_a_baseline_the_level_of_a_prompts_scores_does_not_matter():
+    rollout = random_rollout(4)
+    level = torch.tensor([5.0, -3.0, 0.0, 11.0], dtype=torch.float64)[rollout.prompt]
+    moved = replace(rollout, scores=rollout.scores + level)
+    found = [reinforce_pp_advantages(each, reinforce(baseline="group")).advantages for each in (rollout, moved)]
+    torch.testing.assert_close(*found)
+    plain = [reinforce_pp_advantages(each, reinforce()).advantages for each in (rollout, moved)]
+    assert not torch.allclose(*plain, atol=0.1)
+
+
 def test_a_baseline_needs_completions_to_compare():
     with pytest.raises(ValueError, match="completions: 2"):
         reinforce(baseline="group", completions=1)

@@ -153,7 +153,7 @@ def test_dropped_completions_are_not_read(method: Method):
         dropped = batch.token_weight == 0
         assert dropped.any()
         held = {f.name: getattr(batch, f.name) for f in fields(batch) if f.name not in ("owner", "length", "weight")}
-        moved = {name: torch.where(dropped, t - 1.5, t) for name, t in held.items() if t is not None}
+        moved = {name: torch.where(dropped, t - k / 4, t) for k, (name, t) in enumerate(held.items()) if t is not None}
         wild = replace(batch, **moved)
         outs = [backward(method, each, config) for each in (wild, batch)]
         assert outs[0].loss.item() == pytest.approx(outs[1].loss.item(), rel=1e-12)
