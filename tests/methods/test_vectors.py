@@ -7,8 +7,10 @@ import torch
 
 from align.logps.pack import Pack
 from align.methods.dpo import DPO, dpo_loss
+from align.methods.ppo import PPO
 from align.methods.pretrain import Pretrain, pretrain_loss
 from align.methods.sft import SFT, sft_loss
+from align.training.online import steered
 from align.types import Logps, PairedLogps, TokensLogps
 
 TOLERANCE = 1.5e-6
@@ -100,3 +102,13 @@ def test_sequence_logps(vectors):
     assert logps.total.tolist() == pytest.approx(expected["sum_logps"], abs=TOLERANCE)
     assert logps.mean.tolist() == pytest.approx(expected["token_mean_logps"], abs=TOLERANCE)
     assert logps.length.tolist() == expected["n_scored"]
+
+
+def test_beta_is_steered_to_the_target(vectors):
+    inputs, found = vectors["adaptive_kl_controller"]["inputs"], []
+    stage = PPO(prompts="p", scorers=["s"], reference="r", kl_target=inputs["target"], kl_horizon=inputs["horizon"])
+    beta = inputs["init"]
+    for kl, completions in inputs["updates"]:
+        beta = steered(beta, kl, completions, stage)
+        found.append(beta)
+    assert found == pytest.approx(vectors["adaptive_kl_controller"]["expected"]["values"], abs=TOLERANCE)
