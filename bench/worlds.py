@@ -22,6 +22,7 @@ from align.models.base import quantization_config
 from align.models.platform import prepare_bitsandbytes
 from align.models.roles import RoleModel
 from align.spec.model import LoraSettings
+from align.spec.train import PACK_TOKENS
 from bench.arithmetic import Sizes, effective_tokens, lengths
 
 Kind = Literal["dpo", "reward", "rrhf"]
@@ -69,7 +70,7 @@ class Shape:
     pairs: int = 8
     prompts: int = 2
     repeats: int = 5
-    pack_tokens: int = 8192
+    pack_tokens: int = PACK_TOKENS["cpu"]
     scale: int = 1
     spread: float = 0.05
     ablated: tuple[str, ...] | None = None

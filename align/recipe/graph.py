@@ -15,6 +15,7 @@ from align.recipe.fingerprint import Fingerprints
 from align.recipe.ignored import check_ignored
 from align.recipe.lineage import Lineage, declared_model, trains_base
 from align.recipe.load import LoadedRecipe
+from align.recipe.machine import fitted
 from align.recipe.made import records_made
 from align.recipe.pins import Pins
 from align.recipe.references import Mark, Reference, references
@@ -34,7 +35,7 @@ class Node:
 
     Attributes:
         name: Its name in the recipe.
-        stage: Its settings.
+        stage: Its settings, with a pack budget for this machine where the recipe says none.
         parents: The stages it names, those whose records it reads and its base included, in the order of its fields.
         model: The recipe's model with the stage's overrides; `base` is the parent where that was trained in full. None
             for a kind that starts from no model.
@@ -121,7 +122,7 @@ def build_graph(loaded: LoadedRecipe, home: Path) -> Graph:
         fingerprint = fingerprints.add(name, stage, model)  # first: it tells what the Hub does not have
         nodes[name] = Node(
             name=name,
-            stage=pins.stage(stage),
+            stage=fitted(pins.stage(stage)),
             parents=tuple(dict.fromkeys([*named, *base])),
             fingerprint=fingerprint,
             model=None if model is None else pins.model(model),

@@ -15,6 +15,7 @@ import torch
 
 from align.methods import get_method
 from align.methods.pretrain import Pretrain
+from align.recipe import machine
 from align.recipe.digest import Digests
 from align.recipe.graph import Graph, Node
 from align.recipe.memory import ADAM_BYTES, MASTER_BYTES, Parts, generation_memory, training_memory
@@ -123,8 +124,7 @@ def make_plan(
         compute_bytes: Bytes of a number where `dtype` is auto; this machine's choice if absent.
         device: Where stages run; what this machine has if absent.
     """
-    here = "cuda" if torch.cuda.is_available() else "cpu"
-    planner = _Planner(graph, compute_bytes or _auto_bytes(), device or here)
+    planner = _Planner(graph, compute_bytes or _auto_bytes(), device or machine.device())
     rows = []
     for node in graph.nodes.values():
         step = resumes_at(node.fingerprint)

@@ -8,6 +8,9 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from align.spec.base import Settings, Unread, cosmetic
 
+PACK_TOKENS = {"cuda": 8192, "cpu": 1024}
+"""Budget of a pack where a recipe says none."""
+
 
 class ValidationSettings(Settings):
     """Loss on held-out examples during training."""
@@ -51,8 +54,8 @@ class TrainSettings(Settings):
     for a completion is dropped and counted."""
     seed: NonNegativeInt = 0
     validation: ValidationSettings | None = None
-    pack_tokens: PositiveInt = cosmetic(8192)
-    """Token budget of one forward pass; changes memory and speed, not the result."""
+    pack_tokens: PositiveInt = cosmetic(PACK_TOKENS["cuda"])
+    """Token budget of one forward pass; changes memory and speed, not the result. Without a GPU the default is 1024."""
     packing: Literal["auto", "rows", "flat", "shared"] = cosmetic("auto")
     """How sequences are laid out in a pack: in padded rows, one after the other, or with the prompt of an example once
     for all its completions. auto shares prompts where the model can and no dropout is drawn. The loss is the same."""

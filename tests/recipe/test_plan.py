@@ -89,7 +89,8 @@ def test_steps_are_those_of_the_schedule(check: Check) -> None:
 
 def test_a_pack_is_never_larger_than_a_ranks_share_of_a_step(check: Check) -> None:
     def activations(*overrides: str) -> int:
-        return plan_of(check(SEVEN, *overrides))["sft"].memory["activations"]
+        large = "stages.sft.train.pack_tokens=8192"
+        return plan_of(check(SEVEN, large, *overrides))["sft"].memory["activations"]
 
     full = activations()  # 16 x 1024 tokens in packs of 8192
     assert activations("stages.sft.train.global_batch_size=8") == full
