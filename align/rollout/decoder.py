@@ -65,8 +65,6 @@ class Decoder:
         self.tokens, self.logps = zeros(rows, new_tokens), zeros(rows, new_tokens, dtype=torch.float32)
         """[B, R] what was drawn."""
         self.draws = None if sampler.greedy else zeros(rows, new_tokens, dtype=torch.float64)
-        self.logits = zeros(0)
-        """[B, V] of the last step."""
 
     # Rows and prompts ------------------------------------------------------------------------------------------------
 
@@ -165,10 +163,8 @@ class Decoder:
         return self.graphs(width, run).tolist()
 
     def _step(self, width: int) -> Tensor:
-        drawn = self.length.clamp(max=self.new_tokens - 1)  # a row that rests has used up its places
-        column, position = drawn[:, None], self.before + drawn
-        self.kv.decode(drawn if self.slots else position, width, self.prompts)
-        self.logits = logits = self._forward(self.token[:, None], position[:, None])
+        column = self.length.clamp(max=self.new_tokens - 1)[:, None]  # a row that rests has used up its places
+        logits = self.feed(width)
         draws = None if self.draws is None else self.draws.gather(1, column)[:, 0]
         token, logps = self.sampler(logits, draws)
         self.token.copy_(token)
@@ -179,6 +175,26 @@ class Decoder:
         ended &= self.alive
         self.alive.logical_and_(~ended)
         return ended
+
+    def feed(self, width: int) -> Tensor:
+        """[B, V] logits after the last token of every row, which is appended to the cache."""
+        drawn = self.length.clamp(max=self.new_tokens - 1)
+        position = self.before + drawn
+        self.kv.decode(drawn if self.slots else position, width, self.prompts)
+        return self._forward(self.token[:, None], position[:, None])
+
+    def follow(self, tokens: Tensor, origin: Sequence[int], width: int) -> None:
+        """Go on with other tokens than this class draws, each row from the cache of another one of its prompt.
+
+        Args:
+            tokens: [B] last tokens.
+            origin: For each row the one that it goes on from.
+            width: As `feed` had it.
+        """
+        self.token.copy_(tokens)
+        self.length.add_(1)
+        if list(origin) != list(range(self.rows)):
+            self.kv.reorder(torch.tensor(origin, device=self.device), width)
 
     def _forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """[n, V] logits after the last token of each row.

@@ -144,6 +144,12 @@ class KV(Cache):
                 for layer, kept in store.items():
                     store[layer] = tuple(x.index_select(0, index) for x in kept)
 
+    def reorder(self, rows: Tensor, width: int) -> None:
+        """Give every row the own tokens of another one."""
+        for kept in self.own.values():
+            for x in kept:
+                x[:, :, :width].copy_(x[:, :, :width].index_select(0, rows))
+
 
 @dataclass(frozen=True)
 class Prompts:

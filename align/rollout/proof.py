@@ -55,38 +55,29 @@ def _prove(causal_lm: Any) -> str | None:
     vocabulary = causal_lm.config.get_text_config().vocab_size
     prompts = [[(3 + 7 * i * n) % vocabulary for i in range(1, n + 1)] for n in (5, 3, 1)]
     of_row = [0, 0, 1, 2]
-    expected: list[Tensor] = []
     found: list[Tensor] = []
     try:
         with rollout_attention(causal_lm.model):
-            decoder = Decoder(
-                causal_lm,
-                Sampler(GenerationSettings(temperature=0.0)),
-                (),
-                rows=4,
-                new_tokens=2,
-                slots=3,
-                prompt_tokens=5,
-                pad_id=0,
-            )
+            sampler = Sampler(GenerationSettings(temperature=0.0))
+            decoder = Decoder(causal_lm, sampler, (), rows=4, new_tokens=2, slots=3, prompt_tokens=5, pad_id=0)
             decoder.prefill(prompts[:2], [0, 1])
             decoder.place_rows(range(4), [prompts[i] for i in of_row], None)
             decoder.arrange(of_row, [4, 2, 0], 2)
             for width in (1, 2):
-                decoder.step(width)
-                found.append(decoder.logits.float())
-        drawn = decoder.tokens.tolist()
+                found.append(decoder.feed(width).float())
+                decoder.follow(found[-1].argmax(-1), range(4), width)
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, NotImplementedError) as error:
         return f"{type(error).__name__}: {error}"
-    device = decoder.device
+    expected: list[Tensor] = []
+    drawn = found[0].argmax(-1).tolist()
     for step in range(2):
-        rows = [[*prompts[i], *drawn[b][:step]] for b, i in enumerate(of_row)]
-        full = [causal_lm(input_ids=torch.tensor([ids], device=device), use_cache=False).logits for ids in rows]
-        expected.append(torch.stack([logits[0, -1].float() for logits in full]))
+        rows = [[*prompts[i], *[drawn[b]] * step] for b, i in enumerate(of_row)]
+        full = [causal_lm(input_ids=torch.tensor([ids], device=decoder.device), use_cache=False) for ids in rows]
+        expected.append(torch.stack([out.logits[0, -1].float() for out in full]))
     own, plain = torch.cat(found), torch.cat(expected)
     # Against what tells states apart: what all of them share would hide a difference.
     scale = (plain - plain.mean(0)).norm(dim=-1).mean().clamp(min=1e-6)
     difference = float((own - plain).norm(dim=-1).max() / scale)
-    if difference <= TOLERANCE[computed_in(device, causal_lm.model.dtype)]:
+    if difference <= TOLERANCE[computed_in(decoder.device, causal_lm.model.dtype)]:
         return None
     return f"its logits with a cache differ by {difference:.2g}"
