@@ -24,6 +24,7 @@ from typing import Literal
 
 from pydantic import ValidationError
 
+from align.artifacts.chunks import count_chunks
 from align.artifacts.lock import is_locked, locked
 from align.artifacts.manifest import Manifest
 from align.artifacts.reference import LOCK as CACHE_LOCK
@@ -113,9 +114,13 @@ class Store:
         return _made(self.home / "work" / _name(fingerprint))
 
     def resumes_at(self, fingerprint: str) -> int | None:
-        """Step of the newest sealed checkpoint of an unfinished stage, not verified; None if there is none."""
-        checkpoints = (self.home / "work" / _name(fingerprint) / "checkpoints").glob(f"step-*/{SEAL}")
-        return max((int(path.parent.name.removeprefix("step-")) for path in checkpoints), default=None)
+        """Where an unfinished stage goes on; None if it begins.
+
+        The step of its newest sealed checkpoint, which is not verified, or how many values its finished parts have.
+        """
+        work = self.home / "work" / _name(fingerprint)
+        steps = [int(path.parent.name.removeprefix("step-")) for path in work.glob(f"checkpoints/step-*/{SEAL}")]
+        return max(steps, default=count_chunks(work) or None)
 
     def temporary(self, fingerprint: str) -> Path:
         """A new empty folder on the file system of the artifacts, to be filled and handed to `add`."""

@@ -22,12 +22,14 @@ class Candidates:
     """The candidates of one prompt.
 
     Attributes:
-        samples: The prompt and its candidates.
+        samples: The prompt and its candidates; errors name its row.
+        origin: Number of the row that the prompt was first read from.
         beside: What else the row says of each, by name.
         fields: What it says besides, for a verifier.
     """
 
     samples: Samples
+    origin: int
     beside: dict[str, list[Any]]
     fields: Mapping[str, Any]
 
@@ -45,7 +47,7 @@ class Candidates:
     def as_row(self) -> dict[str, Any]:
         """What a stage writes of them, scores apart."""
         own = self.samples
-        row = {"row": own.row, "prompt": own.prompt, "responses": own.responses, "sources": own.sources}
+        row = {"row": self.origin, "prompt": own.prompt, "responses": own.responses, "sources": own.sources}
         target = {} if own.target is None else {"target": own.target}
         return {**row, "ended": own.ended, **self.beside, **target, "fields": dict(self.fields)}
 
@@ -105,4 +107,5 @@ def _report(reading: Reading, records: Sequence[Samples | Conversation], quarant
 def _candidates(record: Samples, row: Row, source: Source) -> Candidates:
     lists = {name: values for name in BESIDE if isinstance(values := row.get(name), list)}
     beside = {name: values for name, values in lists.items() if len(values) == len(record.responses)}
-    return Candidates(record, beside, fields_of(row, source.columns))
+    origin = row.get("row")
+    return Candidates(record, origin if isinstance(origin, int) else record.row, beside, fields_of(row, source.columns))

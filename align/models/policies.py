@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from align.errors import ArtifactError
 from align.models.base import load_base
 from align.models.roles import RoleModel
 from align.models.save import ADAPTER, MODEL
+from align.models.source import reading
 from align.models.tokenizer import load_tokenizer
+from align.recipe.sizes import positions_of
 from align.spec.model import ModelSettings
 
 if TYPE_CHECKING:
@@ -87,6 +89,14 @@ def load_policies(store: Store, fingerprints: Mapping[str, str]) -> dict[str, Ro
         else:
             found[role].add_adapter(role, folder=source.adapter, trainable=False)
     return found
+
+
+def positions_of_policy(store: Store, fingerprint: str) -> int | None:
+    """Longest sequence that a policy's base was made for, of which no weights are read; None if nothing tells."""
+    source = locate(store, fingerprint)
+    with reading(source.base, "model"):
+        config = AutoConfig.from_pretrained(source.base, revision=source.revision)
+    return positions_of(config.to_dict())
 
 
 def load_policy_tokenizer(store: Store, fingerprint: str) -> PreTrainedTokenizerBase:

@@ -26,7 +26,9 @@ class Job(Settings):
     inputs: dict[str, str] = Field(default_factory=dict)
     """Stage name -> fingerprint of its artifact, for every stage this one names, its base included."""
     data: dict[str, DataSource] = Field(default_factory=dict)
-    """The entries of the recipe's `data` that this stage names."""
+    """The entries of the recipe's `data` that this stage names, and the records of stages that it names."""
+    code: dict[str, str] = Field(default_factory=dict)
+    """Functions of the user's that this stage may run, as the recipe names them -> SHA-256 of their file."""
     folder: str
     """Folder of the recipe; relative data paths start here."""
     work: str

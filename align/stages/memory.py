@@ -1,7 +1,8 @@
-"""How much memory a stage took."""
+"""How much memory a stage took, and giving it back."""
 
 from __future__ import annotations
 
+import gc
 import resource
 
 import torch
@@ -12,3 +13,10 @@ def peak_memory() -> int:
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def free_memory() -> None:
+    """Give back what models held that nobody refers to any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

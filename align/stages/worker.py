@@ -10,11 +10,13 @@ import logging
 import os
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 
 from align.artifacts.seal import write_atomic
 from align.errors import EXIT_DONE, EXIT_PREEMPTED, AlignError
 from align.spec.job import Job, Status
+from align.spec.kinds import OTHER_KINDS
 
 STATUS_EVERY_SECONDS = 0.5
 
@@ -56,22 +58,20 @@ def run(job: Job, report: Reporter) -> int:
     from align.artifacts.store import Store
     from align.models.platform import prepare_process
     from align.recipe.schema import stage_kinds
-    from align.spec.stages import CompareStage, TrainedStage
+    from align.stages.rounds import Stopped
     from align.training.trainer import Preempted
 
     prepare_process()
     store = Store(Path(job.home))
     settings = stage_kinds()[job.kind].model_validate(job.settings)
+    for name in job.data.keys() & job.inputs.keys():
+        store.get(job.inputs[name])  # records of a stage are read as files are: they are verified here
     try:
-        if isinstance(settings, TrainedStage):
-            from align.stages import train
-
-            train.run(job, settings, store, report)
-        else:
-            from align.stages import compare
-
-            assert isinstance(settings, CompareStage)
-            compare.run(job, settings, store, report)
+        module = import_module(f"align.stages.{job.kind if job.kind in OTHER_KINDS else 'train'}")
+        module.run(job, settings, store, report)
+    except Stopped:
+        report.write("preempted", "stopped by a signal; what is finished is kept", EXIT_PREEMPTED)
+        return EXIT_PREEMPTED
     except Preempted as stop:
         report.write("preempted", f"stopped by a signal after step {stop}; a checkpoint is kept", EXIT_PREEMPTED)
         return EXIT_PREEMPTED
