@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from align.methods import Method, all_methods
+from align.spec.online import RolloutStage
 from align.spec.stages import PolicyStage, TrainedStage
 
 PAGES = Path(__file__).parent / "methods"
@@ -20,7 +21,10 @@ def page(method: Method) -> str:
     """One method as Markdown: what it is, its equation and source, its settings."""
     module = sys.modules[method.loss.__module__]
     title, _, rest = (module.__doc__ or "").strip().partition("\n")
-    own = [n for n in method.config.model_fields if n not in {*PolicyStage.model_fields, *TrainedStage.model_fields}]
+    bases = {*PolicyStage.model_fields, *TrainedStage.model_fields}
+    if issubclass(method.config, RolloutStage):
+        bases |= {n for n in RolloutStage.model_fields if n not in vars(method.config).get("__annotations__", {})}
+    own = [n for n in method.config.model_fields if n not in bases]
     shared = [n for n in method.config.model_fields if n not in own]
     lines = [
         f"# `{method.kind}`",
@@ -39,6 +43,7 @@ def page(method: Method) -> str:
         "",
         *_table(method, shared),
         "",
+        *_advantages(method),
         "## Loss",
         "",
         "```text",
@@ -47,6 +52,13 @@ def page(method: Method) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _advantages(method: Method) -> list[str]:
+    """What a method makes of a rollout."""
+    if method.advantages is None:
+        return []
+    return ["## Advantages", "", "```text", inspect.getdoc(method.advantages) or "", "```", ""]
 
 
 def _prose(text: str) -> str:
@@ -77,7 +89,7 @@ def _type(annotation: Any) -> str:
 def _default(field: Any) -> str:
     if field.is_required():
         return "required"
-    default = field.default
+    default = field.get_default(call_default_factory=True)
     return "its own defaults" if isinstance(default, BaseModel) else f"`{default}`"
 
 

@@ -120,10 +120,18 @@ class PenalisedKL(Anchored):
 
     unread: ClassVar[tuple[Unread, ...]] = (
         unanchored("beta"),
-        unanchored("kl_target", None),
+        *(
+            Unread(
+                field,
+                lambda stage: stage.pull == 0,
+                "no KL is taken off the reward",
+                "name a `reference`, and a beta above 0",
+            )
+            for field in ("kl_estimator", "kl_target")
+        ),
         Unread(
             "kl_horizon",
-            lambda stage: stage.kl_target is None,
+            lambda stage: stage.kl_target is None or stage.pull == 0,
             "beta stays as it is without a `kl_target`",
             "remove it, or give a `kl_target`",
         ),
