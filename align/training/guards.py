@@ -6,14 +6,17 @@ A signal or a bad number on one rank is agreed on by all ranks, so that none wai
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import FrameType
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from align.errors import TrainingError
+from align.errors import AlignError, TrainingError
 from align.training import collectives
+
+T = TypeVar("T")
 
 
 class FiniteGradients:
@@ -63,6 +66,32 @@ def refuse_non_finite(loss: Tensor, gradient: bool, rows: Sequence[int], step: i
         fix="lower learning_rate, look at these rows with `align data preview`, or use a wider dtype; "
         "the same command resumes from the last checkpoint",
     )
+
+
+def together(do: Callable[[], T]) -> T:
+    """What `do` gives on this rank, unless it fails on any: then every rank fails.
+
+    Args:
+        do: Work of one rank alone; no collective may be in it.
+
+    Raises:
+        AlignError: That of the first rank that had one; what else a rank raised is raised there, and told elsewhere.
+    """
+    error: Exception | None = None
+    told: AlignError | None = None
+    try:
+        result = do()
+    except AlignError as caught:
+        error = told = caught
+    except Exception as caught:  # whatever it is, the others must not wait for this rank
+        error = caught
+        told = TrainingError(f"rank {collectives.rank()} failed: {type(caught).__name__}: {caught}")
+    seen = [each for each in collectives.gather_objects(told) if each is not None]
+    if error is not None:
+        raise error
+    if seen:
+        raise seen[0]
+    return result
 
 
 class StopRequest:

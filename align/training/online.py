@@ -2,14 +2,13 @@
 
 A rollout is a checkpointed buffer that feeds the same step as any data: the trainer asks for the examples of a step,
 and where these are of a rollout that does not exist yet, it is made first, by all ranks together. Nothing is drawn
-twice: a buffer is kept in the work folder, and every checkpoint has the one that its next step may still need.
+twice: buffers are kept in the work folder, and every checkpoint has the one that its next step may still need.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,9 +19,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from align.artifacts.seal import publish, read_seal, verify
 from align.data import Completion, Example, PromptExample
-from align.errors import ArtifactError
+from align.errors import TrainingError
 from align.logps import Packing, last_rewards, token_logps, token_values
 from align.methods import Method
 from align.rollout import keyed_draws, sample
@@ -30,7 +28,10 @@ from align.scoring import Scorer, score_completion
 from align.spec.online import PenalisedKL, RolloutStage
 from align.training import collectives
 from align.training.buffer import Buffer, Progress, RolloutExample
+from align.training.checkpoint import checkpoints, step_of
 from align.training.gaming import told_gaming
+from align.training.guards import together
+from align.training.kept import KeptRollouts, digest_of
 from align.training.passes import Reading, run_passes
 from align.training.schedule import RolloutSchedule, Schedule
 from align.training.step import pooled_means
@@ -118,6 +119,7 @@ class Online:
         self.stage, self.method, self.prompts, self.judges = stage, method, prompts, judges
         self.schedule, self.tokenizer, self.reference = schedule, tokenizer, reference
         self.texts, self.synced, self.work, self.report = texts, synced, work, report
+        self.kept = KeptRollouts(work, tokenizer)
         batch, total = schedule.batch, schedule.total_steps
         self._text_schedule = Schedule(len(texts), batch, total, stage.train.seed + 2) if texts else None
         self.buffer: Buffer | None = None
@@ -136,10 +138,13 @@ class Online:
         number = self.schedule.rollout(step)
         if self.buffer is not None and self.buffer.number == number:
             return None
-        buffer = self._kept(number, step)
+        weights = digest_of(getattr(model, "module", model).trainable_state().values())
+        buffer = self.kept.find(number, weights)
         if buffer is None:
             buffer = self._make(model, number, step, packing)
-            self._keep(buffer)
+            self.kept.keep(buffer, weights)
+        if collectives.rank() == 0:
+            self.kept.show(buffer)
         self._use(buffer)
         return buffer.metrics
 
@@ -173,6 +178,8 @@ class Online:
         assert self.buffer is not None
         self.buffer.write(folder)
         (folder / ONLINE).write_text(json.dumps({"stopped": self.stopped}), encoding="utf-8")
+        for oldest in checkpoints(self.work / "checkpoints")[:1]:
+            self.kept.drop_before(self.schedule.rollout(step_of(oldest)))
 
     def load(self, folder: Path) -> None:
         """Go on from a verified checkpoint."""
@@ -181,59 +188,6 @@ class Online:
 
     def _use(self, buffer: Buffer) -> None:
         self.buffer, self._examples = buffer, buffer.examples()
-
-    # Rollouts on disk ------------------------------------------------------------------------------------------------
-
-    def _folder(self, number: int) -> Path:
-        return self.work / "rollouts" / f"rollout-{number:06d}"
-
-    def _kept(self, number: int, step: int) -> Buffer | None:
-        """A rollout that a run before this one has made with these very weights."""
-        found: Path | None = None
-        if collectives.rank() == 0 and (folder := self._folder(number)).is_dir():
-            try:
-                verify(folder)
-                found = folder if read_seal(folder).extra.get("step") == step else None
-            except ArtifactError as error:
-                logger.warning("rollout %d is damaged and is drawn again: %s", number, error)
-            if found is None:
-                shutil.rmtree(folder)
-        found = collectives.gather_objects(found)[0]
-        return None if found is None else Buffer.read(found)
-
-    def _keep(self, buffer: Buffer) -> None:
-        """Write a rollout; those before it are in checkpoints, where they are still needed."""
-        if collectives.rank() == 0:
-            staged = self.work / "staging" / "rollout"
-            shutil.rmtree(staged, ignore_errors=True)
-            staged.mkdir(parents=True)
-            buffer.write(staged)
-            final = self._folder(buffer.number)
-            final.parent.mkdir(exist_ok=True)
-            publish(staged, final, {"step": buffer.step})
-            for old in final.parent.glob("rollout-*"):
-                if old != final:
-                    shutil.rmtree(old)
-            self._tell_samples(buffer)
-        collectives.barrier()
-
-    def _tell_samples(self, buffer: Buffer) -> None:
-        """The first completions of every rollout, to look at while it runs."""
-        path = self.work / "samples.jsonl"
-        before = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() and buffer.number else []
-        kept = [line for line in before if json.loads(line)["rollout"] < buffer.number]
-        with path.open("w", encoding="utf-8") as out:
-            out.writelines(kept)
-            for c, ids in enumerate(buffer.completions[:2]):
-                asked = buffer.prompts[int(buffer.rollout.prompt[c])]
-                line = {
-                    "rollout": buffer.number,
-                    "step": buffer.step,
-                    "prompt": self.tokenizer.decode(asked, skip_special_tokens=True),
-                    "completion": self.tokenizer.decode(ids, skip_special_tokens=True),
-                    "score": float(buffer.rollout.scores[c]),
-                }
-                out.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     # Making one ------------------------------------------------------------------------------------------------------
 
@@ -247,8 +201,11 @@ class Online:
         self.report(step, total, f"rollout {number + 1}: scoring")
         own = [asked[place] for place in part.places]
         self._passes(model, own, part, packing)
-        self._score(own, part)
+        together(partial(self._score, own, part))
+        if self.judges.reward is not None and not isinstance(self.judges.reward, str):
+            part.scores[REWARD] = self.judges.reward.rewards(own, part.completions)
         whole = _merged(collectives.gather_objects(part), len(asked))
+        _refuse_non_finite(whole, [p.row for p in asked], number, step)
         model.train()
         buffer = self._judged(number, step, asked, whole)
         seconds = time.monotonic() - began
@@ -307,9 +264,6 @@ class Online:
                 [score_completion(name, scorer, p.text, text, p.fields, p.row) for text in each]
                 for p, each in zip(own, texts, strict=True)
             ]
-        reward = self.judges.reward
-        if reward is not None and not isinstance(reward, str):
-            part.scores[REWARD] = reward.rewards(own, part.completions)
 
     def _judged(self, number: int, step: int, asked: Sequence[PromptExample], whole: _Part) -> Buffer:
         """Scores become rewards, and rewards advantages; the same on every rank."""
@@ -407,6 +361,24 @@ def _metrics(
     if returns is not None and rollout.values is not None:
         found["value/explained_variance"] = 1 - (returns - rollout.values).var() / returns.var().clamp(min=1e-8)
     return {name: float(value) for name, value in found.items()}
+
+
+def _refuse_non_finite(whole: _Part, rows: Sequence[int], number: int, step: int) -> None:
+    """Stop before such a rollout is kept: a run after this one would take it up again.
+
+    Raises:
+        TrainingError: On every rank, for all of them hold the whole rollout.
+    """
+    scores = {f"score of `{name}`": each for name, each in whole.scores.items()}
+    for what, of_prompts in (scores | {f"pass `{name}`": each for name, each in whole.tensors.items()}).items():
+        bad = [row for row, each in zip(rows, of_prompts, strict=True) if not torch.as_tensor(each).isfinite().all()]
+        if bad:
+            raise TrainingError(
+                f"the {what} is not finite in rollout {number + 1}; the weights are those of step {step}. Rows of the "
+                f"data: {bad}",
+                fix="lower learning_rate, look at these rows with `align data preview`, or use a wider dtype; "
+                "the same command resumes from the last checkpoint",
+            )
 
 
 def _merged(parts: Sequence[_Part], prompts: int) -> _Part:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from align.data import PromptExample
 from align.data.chat import Completion, Example
 from align.logps import head
 from align.logps.cache import RowCache
@@ -16,11 +19,14 @@ from align.methods import Method, get_method
 from align.models import load_base, new_base, train_tokenizer
 from align.models.platform import prepare_process
 from align.models.roles import RoleModel
+from align.models.tokenizer import load_tokenizer
 from align.spec.model import Architecture, LoraSettings, TokenizerSettings
 from align.spec.train import LaunchSettings, LoggingSettings, TrainSettings
 from align.training.arguments import deepspeed_config, training_arguments
+from align.training.online import REWARD, Judges, Online
 from align.training.reference import References
-from align.training.schedule import Schedule
+from align.training.rollout_step import CRITIC, RolloutStep
+from align.training.schedule import RolloutSchedule, Schedule
 from align.training.step import Step
 from align.training.trainer import AlignTrainer
 from align.types import Batch, Needs
@@ -72,6 +78,35 @@ def examples_of(method: Method, n: int, seed: int = 0) -> list[Example]:
 
 
 @dataclass
+class Checksum:
+    """A scorer: a number in [0, 1) that any change of a completion changes, and its name."""
+
+    name: str = "x"
+
+    def score(self, prompt: str, completion: str) -> float:
+        return zlib.crc32(f"{self.name}|{prompt}|{completion}".encode()) % 997 / 997
+
+
+ONLINE = {
+    "prompts_per_rollout": 15,
+    "completions": 3,
+    # Random text ends by itself about every second time.
+    "generation": {"max_new_tokens": 6, "stop": ["a", "e", "i", "s", "t", " "]},
+}
+"""Settings of stages on rollouts: three updates each, of 5 prompts; on two ranks 8 and 7 prompts are drawn, and 3 and 2
+are trained on."""
+
+
+def random_prompts(tokenizer: Any, n: int = 24) -> list[PromptExample]:
+    """Prompts of unequal length; 24 of them are more than one rollout and less than two."""
+    found = []
+    for e in random_examples(n, 1, seed=2, longest=12):
+        text = tokenizer.decode(e.prompt_ids)
+        found.append(PromptExample(e.row, text, [{"role": "user", "content": text}], e.prompt_ids))
+    return found
+
+
+@dataclass
 class Run:
     """One tiny training run, to be made on any number of ranks."""
 
@@ -91,6 +126,10 @@ class Run:
     tile_elements: int = 2**24
     reference_rows: Path | None = None
     """Where the reference's rows are kept; in the work folder if absent."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of a stage on rollouts beside `ONLINE`."""
+    texts: int = 0
+    """Texts to mix in."""
     parameter_hook: Any = None
     """Called with (trainer, rank) before the run; tests inject faults here."""
 
@@ -99,18 +138,17 @@ class Run:
         head.TILE_ELEMENTS = self.tile_elements
         self.work.mkdir(parents=True, exist_ok=True)
         method = get_method(self.kind)
-        examples, held_out = examples_of(method, 24), examples_of(method, self.validation, seed=1)
+        online = method.batch is Batch.ROLLOUT
         settings = TrainSettings(
-            max_steps=self.steps, global_batch_size=6, learning_rate=self.learning_rate, lr_scheduler=self.scheduler,
-            warmup_ratio=0, log_every_steps=1, save_every_steps=self.save_every,
-            validation={"every_steps": 2} if self.validation else None,
+            max_steps=self.steps, global_batch_size=5 if online else 6, learning_rate=self.learning_rate,
+            lr_scheduler=self.scheduler, warmup_ratio=0, log_every_steps=1, save_every_steps=self.save_every,
+            validation={"every_steps": 2} if self.validation and not online else None, pack_tokens=self.pack_tokens,
         )  # fmt: skip
-        schedule = Schedule.of(settings, len(examples))
         config = copy.deepcopy(deepspeed_config(self.deepspeed))
         if config and self.deepspeed == "zero3":
             config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # really shard these tiny tensors
         args = training_arguments(
-            settings, work=self.work, total_steps=schedule.total_steps, launch=LaunchSettings(deepspeed=self.deepspeed),
+            settings, work=self.work, total_steps=self.steps, launch=LaunchSettings(deepspeed=self.deepspeed),
             logging=LoggingSettings(), bf16=False, use_cpu=True, deepspeed=config,
         )  # fmt: skip
         roles = RoleModel(
@@ -127,15 +165,59 @@ class Run:
             role = "policy" if method.reference else None
         if trained == "reward":
             roles.add_head(trained, seed=0)
+        source = self._rollouts(method, settings, roles) if online else self._examples(method, settings, role)
+        return AlignTrainer(roles, args, work=self.work, **source)
+
+    def _examples(self, method: Method, settings: TrainSettings, role: str | None) -> dict[str, Any]:
+        """What the trainer of a kind that reads data is given."""
+        examples, held_out = examples_of(method, 24), examples_of(method, self.validation, seed=1)
         references = None
         if method.reference:
             cache = RowCache(self.reference_rows or self.work / "reference")
             references = References({"train": examples, "validation": held_out}, cache)
-        return AlignTrainer(
-            roles, args, step=Step(method, config_of(method), self.pack_tokens), schedule=schedule, examples=examples,
-            validation=held_out, validation_settings=settings.validation, references=references, reference_role=role,
-            same_reference=True, work=self.work,
+        return {
+            "step": Step(method, config_of(method), self.pack_tokens),
+            "schedule": Schedule.of(settings, len(examples)),
+            "examples": examples,
+            "validation": held_out,
+            "validation_settings": settings.validation,
+            "references": references,
+            "reference_role": role,
+            "same_reference": True,
+        }
+
+    def _rollouts(self, method: Method, settings: TrainSettings, roles: RoleModel) -> dict[str, Any]:
+        """What the trainer of a kind that draws its own completions is given, and every role's seat."""
+        given = {**ONLINE, "reward": "x", "train": settings, **self.settings}
+        config, tokenizer = config_of(method, **given), load_tokenizer(self.base)
+        if config.reward is not None:
+            lora = LoraSettings(rank=2, alpha=4)
+            roles.add_adapter(REWARD, settings=lora, trainable=False, seed=3)
+            roles.add_head(REWARD, seed=4)
+        if Needs.VALUES in method.needs:
+            roles.add_adapter(CRITIC, copy_of="policy", trainable=True)
+            roles.add_head(CRITIC, seed=5)
+        prompts = random_prompts(tokenizer)
+        schedule = RolloutSchedule.of(config, len(prompts))
+        names = config.scorers
+        online = Online(
+            config, method, prompts=prompts,
+            judges=Judges(
+                {name: (name, Checksum(name)) for name in names},
+                {name: config.weights.get(name, 1.0) for name in [REWARD, *names]},
+                None if config.reward is None else "shared",
+            ),
+            schedule=schedule, tokenizer=tokenizer, reference=config.reference is not None,
+            texts=random_examples(self.texts, 1, seed=6), synced=self.deepspeed == "zero3", work=self.work,
+            report=lambda *_: None,
         )  # fmt: skip
+        rate = getattr(config, "critic_learning_rate", None)
+        return {
+            "step": RolloutStep(method, config, self.pack_tokens),
+            "schedule": schedule,
+            "online": online,
+            "learning_rates": {CRITIC: rate} if rate else {},
+        }
 
 
 def losses(trainer: AlignTrainer, key: str = "loss") -> list[float]:
@@ -156,4 +238,5 @@ def fit(rank: int, world: int, run: Run) -> dict[str, Any]:
         "resumed": trainer.resumed_from_step,
         "wrapper": type(trainer.model_wrapped).__name__,
         "sharded": any(hasattr(p, "ds_id") and p.numel() == 0 for p in trainer.model.parameters()),
+        "online": trainer.online and {**vars(trainer.online.buffer), "stopped": trainer.online.stopped},
     }
