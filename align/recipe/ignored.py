@@ -13,6 +13,7 @@ from align.methods.sft import SFT
 from align.recipe.load import LoadedRecipe
 from align.recipe.origins import Loc
 from align.spec.base import Settings, Unread
+from align.spec.sample import SampleStage
 
 
 def check_ignored(loaded: LoadedRecipe) -> Iterator[RecipeError]:
@@ -26,6 +27,7 @@ def check_ignored(loaded: LoadedRecipe) -> Iterator[RecipeError]:
             ):
                 yield _error(loaded, (*loc, each.field), each.why, each.fix)
     yield from _loss_on_text(loaded)
+    yield from _draws_of_beams(loaded)
 
 
 def _is_default(settings: Settings, field: str) -> bool:
@@ -60,6 +62,16 @@ def _loss_on_text(loaded: LoadedRecipe) -> Iterator[RecipeError]:
                 "plain text has no answers, all its tokens are trained",
                 "remove it, or name data of another format",
             )
+
+
+def _draws_of_beams(loaded: LoadedRecipe) -> Iterator[RecipeError]:
+    for name, stage in loaded.stages.items():
+        if not isinstance(stage, SampleStage) or stage.decoding == "sample":
+            continue
+        for field in ("top_p", "top_k", "seed"):
+            if field in stage.generation.model_fields_set and not _is_default(stage.generation, field):
+                loc = ("stages", name, "generation", field)
+                yield _error(loaded, loc, "beams are searched, not drawn", "remove it, or write `decoding: sample`")
 
 
 def _error(loaded: LoadedRecipe, loc: Loc, why: str, fix: str) -> RecipeError:

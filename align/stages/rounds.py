@@ -17,37 +17,49 @@ class Stopped(Exception):
     """A signal asked for a stop, and what was finished by then is kept."""
 
 
+def finished(chunks: Chunks) -> set[str]:
+    """The keys of what is done already, the same on every rank."""
+    return collectives.gather_objects(set(chunks.read()) if collectives.rank() == 0 else set())[0]
+
+
 def in_rounds(
-    todo: Sequence[T],
+    work: Sequence[T],
     size: int,
     do: Callable[[Sequence[T]], Mapping[str, Any]],
     *,
+    key: Callable[[T], str],
+    there: set[str],
     chunks: Chunks,
     stop: StopRequest,
     tell: Callable[[int], None],
 ) -> None:
-    """Do some work, shared among all ranks; each keeps what it has done after every round.
+    """Do what is not done yet, one part after the other; ranks do several side by side.
+
+    The parts are cut from the whole of the work, so that what is computed together, and with it every rounding, depends
+    neither on the number of ranks nor on where a run was stopped.
 
     Args:
-        todo: The work, the same list on every rank.
-        size: How much of it is one rank's part of a round.
-        do: Does a part; its results by key. It is called in every round, with nothing where a rank has nothing left.
+        work: All of it, the same list on every rank.
+        size: How much of it is a part.
+        do: Does a part; its results by key.
+        key: What the result of a piece of work is kept under.
+        there: The keys of what is done.
         chunks: Where results are kept.
-        stop: Asked before every round.
-        tell: Told how much of the work is done, by all ranks, after every round.
+        stop: Asked before every part.
+        tell: Told how much has been done by all ranks.
 
     Raises:
         Stopped: A rank was asked to stop.
     """
-    rank, world = collectives.rank(), collectives.world_size()
-    own, done = todo[rank::world], 0
-    for number in range(math.ceil(math.ceil(len(todo) / world) / size)):
+    parts = [[each for each in work[i : i + size] if key(each) not in there] for i in range(0, len(work), size)]
+    parts = [part for part in parts if part]
+    rank, world, done = collectives.rank(), collectives.world_size(), 0
+    for number in range(math.ceil(len(parts) / world)):
         # A signal reaches one rank, and none may wait for another that has left.
         if any(collectives.gather_objects(stop.received is not None)):
             raise Stopped
-        part = own[number * size : (number + 1) * size]
-        found = do(part)
-        if found:
-            chunks.add(found)
-        done += sum(collectives.gather_objects(len(part)))
+        own = parts[number * world + rank] if number * world + rank < len(parts) else []
+        if own:
+            chunks.add(do(own))
+        done += sum(collectives.gather_objects(len(own)))
         tell(done)

@@ -10,6 +10,7 @@ import hashlib
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,12 @@ from align.data.records import digest
 from align.errors import DataError, RecipeError
 from align.models.policies import load_policies, load_policy_tokenizer, locate, positions_of_policy
 from align.rollout import Sampled, get_engine, keyed_draws
+from align.rollout.beam import beam
 from align.spec.job import Job
 from align.spec.sample import SampleStage
 from align.stages.memory import free_memory
 from align.stages.publish import publish_records, quarantine_of
-from align.stages.rounds import in_rounds
+from align.stages.rounds import finished, in_rounds
 from align.training import collectives
 from align.training.distributed import process_group
 from align.training.guards import StopRequest
@@ -138,13 +140,13 @@ def _draw(
     report: Any,
 ) -> None:
     """Draw what is not there yet. Policies on one base are loaded together, those on another after them."""
-    there = set(collectives.gather_objects(list(chunks.read()) if collectives.rank() == 0 else [])[0])
+    there = finished(chunks)
     total, done = sum(len(own.prompts) for own in asked.values()), len(there)
     report.resumed_from_step = done
     # Several completions of a prompt are drawn side by side.
     size = max(1, ROUND_BATCHES * settings.generation.batch_size // settings.completions)
     for names in _by_base(job, settings, store):
-        todo = {name: [p for p in asked[name].prompts if _key(name, p) not in there] for name in names}
+        todo = {name: sum(_key(name, p) not in there for p in asked[name].prompts) for name in names}
         if not any(todo.values()):
             continue
         report(done, total, f"loading {', '.join(names)}")
@@ -152,8 +154,9 @@ def _draw(
         for name in names:
             teller = _Teller(report, done, total, name)
             drawer = _Drawer(models[name], name, asked[name].tokenizer, settings)
-            in_rounds(todo[name], size, drawer, chunks=chunks, stop=stop, tell=teller)
-            done += len(todo[name])
+            key = partial(_key, name)
+            in_rounds(asked[name].prompts, size, drawer, key=key, there=there, chunks=chunks, stop=stop, tell=teller)
+            done += todo[name]
         del models, drawer
         free_memory()
 
@@ -191,8 +194,6 @@ class _Drawer:
     settings: SampleStage
 
     def __call__(self, prompts: Sequence[PromptExample]) -> dict[str, Answers]:
-        if not prompts:
-            return {}
         found = self._sampled(prompts)
         return {_key(self.name, p): [self._told(s) for s in own] for p, own in zip(prompts, found, strict=True)}
 
@@ -200,8 +201,6 @@ class _Drawer:
         settings, generation = self.settings, self.settings.generation
         asked = (self.roles, self.name, [p.prompt_ids for p in prompts], generation, self.tokenizer)
         if settings.decoding != "sample":
-            from align.rollout.beam import beam
-
             apart = settings.decoding == "diverse_beam"
             groups, penalty = (settings.completions, settings.diversity_penalty) if apart else (1, 0.0)
             return beam(*asked, beams=settings.completions, groups=groups, penalty=penalty)

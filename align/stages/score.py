@@ -19,7 +19,7 @@ from align.spec.job import Job
 from align.spec.score import REWARD, ScoreStage, function_name
 from align.stages.publish import publish_records, quarantine_of
 from align.stages.rewards import RewardModel
-from align.stages.rounds import in_rounds
+from align.stages.rounds import finished, in_rounds
 from align.training import collectives
 from align.training.distributed import process_group
 from align.training.guards import StopRequest
@@ -83,17 +83,18 @@ def _score(
     report: Any,
 ) -> None:
     """Score what has no scores yet."""
-    there = set(collectives.gather_objects(list(chunks.read()) if collectives.rank() == 0 else [])[0])
-    todo = [each for each in candidates if _key(each) not in there]
+    there = finished(chunks)
     report.resumed_from_step = len(there)
-    if not todo:
+    if len(there) == len(candidates):
         return
     report(len(there), len(candidates), "loading the scorers")
     judge = _Judge(job, settings, store)
     in_rounds(
-        todo,
+        candidates,
         ROUND,
         judge,
+        key=_key,
+        there=there,
         chunks=chunks,
         stop=stop,
         tell=lambda done: report(len(there) + done, len(candidates), "scoring"),
