@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-import numbers
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,14 +13,14 @@ from typing import Any
 from align.artifacts.manifest import Manifest, hardware, library_versions
 from align.artifacts.store import Store
 from align.data import Completion, Example, PromptExample, load_prompts
-from align.errors import RecipeError, TrainingError
+from align.errors import RecipeError
 from align.evaluation.metrics import Measured, compare_candidates
 from align.logps import completion_logps
 from align.models.policies import load_policies, load_policy_tokenizer
 from align.models.roles import RoleModel
 from align.models.tokenizer import end_ids
 from align.rollout import generate
-from align.scoring import Scorer, get_scorer, score_label
+from align.scoring import Scorer, get_scorer, labels, score_completion
 from align.spec.job import Job
 from align.spec.stages import CompareStage, GenerationSettings
 from align.stages.memory import peak_memory
@@ -60,6 +58,7 @@ def run(job: Job, settings: CompareStage, store: Store, report: Report) -> None:
     Raises:
         RecipeError: The candidates do not share a tokenizer, or prompts and answers do not fit into the model.
         DataError: The prompts cannot be read.
+        DataError: A scorer cannot use the row of a prompt.
         TrainingError: A scorer returned something that is no score.
     """
     began = time.monotonic()
@@ -118,7 +117,7 @@ class _Bench:
         models: Mapping[str, RoleModel],
         settings: CompareStage,
         tokenizer: Any,
-        scorers: Mapping[str, Scorer],
+        scorers: Mapping[str, tuple[str, Scorer]],
         prompts: Sequence[PromptExample],
         report: Report,
     ) -> None:
@@ -139,7 +138,7 @@ class _Bench:
         if self.plain is not None:
             drawn = self._answers(name, self.plain)
         measured = Measured(
-            scores={label: self._scores(label, scorer, answers.texts) for label, scorer in self.scorers.items()},
+            scores={label: self._scores(*scorer, answers.texts) for label, scorer in self.scorers.items()},
             kl=self._kl(name, drawn.ids),
             length=[len(ids) for ids in answers.ids],
             ended=answers.ended,
@@ -167,32 +166,21 @@ class _Bench:
         other = completion_logps(self.models[baseline], baseline, examples, LOGPS_TOKENS)
         return [ours - theirs for (ours,), (theirs,) in zip(own, other, strict=True)]
 
-    def _scores(self, label: str, scorer: Scorer, texts: Sequence[str]) -> list[float]:
-        scores: list[float] = []
-        for prompt, text in zip(self.prompts, texts, strict=True):
-            score = scorer.score(prompt.text, text)
-            if isinstance(score, bool) or not isinstance(score, numbers.Real) or not math.isfinite(score):
-                raise TrainingError(
-                    f"scorer `{label}` returned {score!r} for the prompt in row {prompt.row}",
-                    where="scorers",
-                    fix="a score is a finite number, higher is better: mend the scorer, or leave it out of `scorers`",
-                )
-            scores.append(float(score))
-        return scores
+    def _scores(self, name: str, scorer: Scorer, texts: Sequence[str]) -> list[float]:
+        return [
+            score_completion(name, scorer, prompt.text, text, prompt.fields, prompt.row)
+            for prompt, text in zip(self.prompts, texts, strict=True)
+        ]
 
     def _tell(self, message: str, step: int) -> None:
         self.done += step
         self.report(self.done, self.total, message)
 
 
-def _scorers(settings: CompareStage) -> dict[str, Scorer]:
-    """Label -> scorer; a label that two of them claim gives way to their names."""
+def _scorers(settings: CompareStage) -> dict[str, tuple[str, Scorer]]:
+    """Label -> name and scorer."""
     found = {name: get_scorer(name) for name in settings.scorers}
-    labels = [score_label(name, scorer) for name, scorer in found.items()]
-    return {
-        name if labels.count(label) > 1 else label: scorer
-        for label, (name, scorer) in zip(labels, found.items(), strict=True)
-    }
+    return {label: (name, found[name]) for name, label in labels(found).items()}
 
 
 def _shared_tokenizer(job: Job, settings: CompareStage, store: Store) -> Any:
