@@ -57,8 +57,7 @@ def run(job: Job, settings: CompareStage, store: Store, report: Report) -> None:
 
     Raises:
         RecipeError: The candidates do not share a tokenizer, or prompts and answers do not fit into the model.
-        DataError: The prompts cannot be read.
-        DataError: A scorer cannot use the row of a prompt.
+        DataError: The prompts cannot be read, or a scorer cannot use the row of one.
         TrainingError: A scorer returned something that is no score.
     """
     began = time.monotonic()
