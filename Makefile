@@ -15,7 +15,7 @@ TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help quickstart quickstart-seeds quickstart-methods bench-preference real test lint format clean
+.PHONY: help quickstart quickstart-seeds quickstart-methods quickstart-rlhf bench-preference real test lint format clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -28,6 +28,9 @@ quickstart-seeds: $(INSTALLED) ## the quickstart with three seeds and with shuff
 
 quickstart-methods: $(INSTALLED) ## every preference method from one SFT policy, three seeds, gold reward with intervals
 	@$(BIN)/python -m bench.quickstart_methods
+
+quickstart-rlhf: $(INSTALLED) ## PPO, RLOO, GRPO, RFT, RRHF and iterative DPO against one reward model, three seeds and a control
+	@$(BIN)/python -m bench.quickstart_rlhf
 
 bench-preference: $(INSTALLED_DEV) ## preference training beside TRL, and each technique beside its absence, on a CPU
 	@$(BIN)/python -m bench.preference

@@ -20,6 +20,8 @@ from rich.table import Table
 import align
 from align.recipe import load_recipe
 from align.spec.data import GeneratedData
+from align.spec.online import RolloutStage
+from align.spec.sample import SampleStage
 from align.spec.stages import CompareStage, TrainedStage
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "quickstart" / "methods.yaml"
@@ -31,12 +33,13 @@ def overrides(recipe: Path, seed: int) -> list[str]:
     """The settings that a seed changes: the data's, the stages' and the sampling's."""
     loaded = load_recipe(recipe)
     sets = [f"name={loaded.recipe.name}-seed{seed}"]
-    sets += [f"data.{n}.seed={seed}" for n, source in loaded.recipe.data.items() if isinstance(source, GeneratedData)]
+    generated = {n: each for n, each in loaded.recipe.data.items() if isinstance(each, GeneratedData)}
+    sets += [f"data.{n}.seed={seed + source.seed}" for n, source in generated.items()]
     for name, stage in loaded.stages.items():
         if isinstance(stage, TrainedStage):
             sets.append(f"stages.{name}.train.seed={seed}")
-        elif isinstance(stage, CompareStage):
-            sets.append(f"stages.{name}.generation.seed={seed}")
+        if isinstance(stage, CompareStage | RolloutStage | SampleStage):
+            sets.append(f"stages.{name}.generation.seed={seed + stage.generation.seed}")
     return sets
 
 
