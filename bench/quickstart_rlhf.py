@@ -2,8 +2,8 @@
 
 For each seed `recipes/quickstart/on_policy.yaml` is run: gold reward of every candidate on held-out prompts with its
 interval, KL to SFT and length; and once more with a reward model whose labels were decided by a coin, from which
-nothing can be gained. `--recipe rlhf` runs PPO alone. Ends with a table and with exit code 1 if a method does not end above SFT
-with intervals apart, or gains from the coin.
+nothing can be gained. `--recipe rlhf` runs PPO alone. Ends with a table and with exit code 1 if a method does not end
+above SFT with intervals apart, or gains from the coin.
 """
 
 from __future__ import annotations
