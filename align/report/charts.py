@@ -15,7 +15,9 @@ from align.report.verdict import Results, deciding_metric
 HELDOUT = "eval_"
 FIRST = ("loss",)
 LAST = ("learning_rate", "grad_norm", "tokens_per_second")
-NOT_DRAWN = ("step", "epoch")
+NOT_DRAWN = ("step", "epoch", "rollout/number", "rollout/gamed", "rollout/seconds")
+TOGETHER = ("score",)
+"""What is drawn into one plot: how a score and those that only watch go together, or part."""
 SIDES = ("chosen", "rejected")
 
 
@@ -41,7 +43,7 @@ def training_figures(metrics: Sequence[dict[str, Any]]) -> list[Figure]:
         if _measured_once(name, columns) or (name != "loss" and _same(columns.get(name), columns.get("loss"))):
             continue
         stem, _, side = name.rpartition("/")
-        groups.setdefault(stem if side in SIDES else name, []).append(name)
+        groups.setdefault(stem if side in SIDES or stem in TOGETHER else name, []).append(name)
     ordered = [g for g in FIRST if g in groups]
     ordered += [g for g in groups if g not in FIRST + LAST]
     ordered += [g for g in LAST if g in groups]

@@ -86,6 +86,8 @@ class StageProgress:
         self._progress.update(
             self._task, completed=status.step, total=status.total_steps or None, detail=_detail(status, metrics)
         )
+        for warning in status.warnings:
+            self.tell(f"warning: {warning}")
         if not self._console.is_terminal:
             self._print_now_and_then()
 
@@ -127,9 +129,24 @@ def _columns(width: int) -> list[ProgressColumn]:
 
 
 def _detail(status: Status, metrics: dict[str, Any]) -> str:
+    if status.step and "rollout/score" in metrics:  # the loss of such a method tells nothing of its progress
+        return _rollout(metrics)
     if status.step and "loss" in metrics:
         return f"loss {metrics['loss']:.4g}"
     return status.message or (status.state if status.state == "starting" else "")
+
+
+def _rollout(metrics: dict[str, Any]) -> str:
+    """The latest rollout: its scores, how far it is from the reference, how long and whole its completions are."""
+    parts = [
+        f"{name.removeprefix('score/')} {value:.3g}" for name, value in metrics.items() if name.startswith("score/")
+    ]
+    kl = metrics.get("rollout/kl", metrics.get("policy/kl"))
+    parts += [] if kl is None else [f"KL {kl:.2g}"]
+    parts.append(f"{metrics['rollout/length']:.0f} tokens")
+    if metrics["rollout/ended"] < 1:
+        parts.append(f"{1 - metrics['rollout/ended']:.0%} cut off")
+    return "  ".join(parts)
 
 
 def _steps(task: Task) -> str:

@@ -48,6 +48,8 @@ class Status(Settings):
     resumed_from_step: NonNegativeInt = 0
     message: str = ""
     """The error, told as to a user, when `state` is failed."""
+    warnings: list[str] = Field(default_factory=list)
+    """What a user should know while the stage runs; each is shown once."""
     exit_code: int | None = None
     """The worker's own exit code: launchers turn every failure into 1."""
     pid: int = 0

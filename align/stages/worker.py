@@ -29,12 +29,19 @@ class Reporter:
         self.speaks = os.environ.get("RANK", "0") == "0"
         self.resumed_from_step = 0
         self._last = (0, 0)
+        self._warnings: list[str] = []
         self._written = 0.0
 
     def __call__(self, step: int, total: int, message: str) -> None:
         self._last = (step, total)
         if time.monotonic() - self._written >= STATUS_EVERY_SECONDS or step == total:
             self.write("running", message)
+
+    def warn(self, message: str) -> None:
+        """Have a user told, once, while the stage goes on."""
+        if message not in self._warnings:
+            self._warnings.append(message)
+            self.write("running")
 
     def write(self, state: str, message: str = "", exit_code: int | None = None) -> None:
         if not self.speaks:
@@ -47,6 +54,7 @@ class Reporter:
             total_steps=total,
             resumed_from_step=self.resumed_from_step,
             message=message,
+            warnings=self._warnings,
             exit_code=exit_code,
             pid=os.getpid(),
         )

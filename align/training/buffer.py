@@ -60,6 +60,7 @@ class Progress:
         mean: Their mean.
         square: Sum of their squared distances from it.
         history: A few numbers of every rollout so far, to tell when a score is being gamed.
+        suspicious: Whether it looks like that.
     """
 
     beta: float
@@ -67,6 +68,7 @@ class Progress:
     mean: float = 0.0
     square: float = 0.0
     history: list[dict[str, float]] = field(default_factory=list)
+    suspicious: bool = False
 
     def see(self, scores: Sequence[float]) -> None:
         """Take scores into mean and variance. *Source*: Chan et al., 1979, for adding a batch to a running variance."""

@@ -293,9 +293,11 @@ class Online:
             metrics["rollout/beta"] = rollout.beta
             progress.beta = steered(before.beta, metrics["rollout/kl"], len(completions), stage)
         progress.history.append({name: metrics[name] for name in _WATCHED if name in metrics} | _columns(metrics))
-        for message in told_gaming(progress.history, [c for c in parts if self.judges.weights[c]], list(parts)):
+        suspicious = told_gaming(progress.history, [c for c in parts if self.judges.weights[c]], list(parts))
+        for message in suspicious if not before.suspicious else ():  # once, and not with every rollout that follows
             logger.warning("rollout %d: %s", number + 1, message)
-            metrics["rollout/gamed"] = 1.0
+            self.report.warn(f"rollout {number + 1}: {message}")
+        progress.suspicious, metrics["rollout/gamed"] = bool(suspicious), float(bool(suspicious))
         rows, prompts = [p.row for p in asked], [p.prompt_ids for p in asked]
         return Buffer(number, step, prompts, rows, completions, ended.tolist(), rollout, made, progress, metrics)
 

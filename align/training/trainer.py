@@ -50,6 +50,9 @@ class Report(Protocol):
     def __call__(self, step: int, total: int, message: str) -> None:
         """Tell how far the run is."""
 
+    def warn(self, message: str) -> None:
+        """Tell what a user should know at once."""
+
 
 class Silent:
     """Tells nobody."""
@@ -57,6 +60,9 @@ class Silent:
     resumed_from_step = 0
 
     def __call__(self, step: int, total: int, message: str) -> None:
+        """Do nothing with it."""
+
+    def warn(self, message: str) -> None:
         """Do nothing with it."""
 
 
