@@ -28,7 +28,7 @@ from align.training.reference import References
 from align.training.rollout_step import CRITIC, RolloutStep
 from align.training.schedule import RolloutSchedule, Schedule
 from align.training.step import Step
-from align.training.trainer import AlignTrainer
+from align.training.trainer import AlignTrainer, Silent
 from align.types import Batch, Needs
 from tests.methods.batches import config_of
 
@@ -209,7 +209,7 @@ class Run:
             ),
             schedule=schedule, tokenizer=tokenizer, reference=config.reference is not None,
             texts=random_examples(self.texts, 1, seed=6), synced=self.deepspeed == "zero3", work=self.work,
-            report=lambda *_: None,
+            report=Silent(),
         )  # fmt: skip
         rate = getattr(config, "critic_learning_rate", None)
         return {
