@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
-from align.spec.base import DataRef, PolicyRef, Registered, Settings, StageRef, Unread
+from align.spec.base import DataRef, PolicyRef, Settings, Unread
+from align.spec.scored import Scored
 from align.spec.stages import GenerationSettings, PolicyStage
 
 
-class RolloutStage(PolicyStage):
+class RolloutStage(PolicyStage, Scored):
     """A stage on completions that its own policy draws: rollout, scores, advantages, updates, and again.
 
     An example is a prompt with all its completions, so that `train.global_batch_size` counts prompts.
@@ -20,26 +21,20 @@ class RolloutStage(PolicyStage):
     unread: ClassVar[tuple[Unread, ...]] = (
         Unread(
             "missing_eos_score",
-            lambda stage: stage.missing_eos == "keep",
-            "a completion without an end keeps its score",
+            lambda stage: stage.missing_eos in ("keep", "drop"),
+            "a completion without an end keeps its score, or is left out",
             "write `missing_eos: replace` or `subtract`",
         ),
         Unread(
             "weights",
-            lambda stage: not stage.scorers and stage.reward is not None,
-            "there is one score, the reward model's; beta says what it weighs against the KL",
+            lambda stage: len(stage.parts) == 1,
+            "there is one score, and beta says what it weighs against the KL",
             "remove it, or add `scorers`",
         ),
     )
 
     prompts: Annotated[str, DataRef(("prompt", "conversation", "pair", "ranked", "samples", "unpaired"))]
     """What is asked; of records with answers the prompts alone."""
-    reward: Annotated[str, StageRef("reward")] | None = None
-    """The stage whose reward model scores completions."""
-    scorers: list[Annotated[str, Registered("align.scorers")]] = Field(default_factory=list)
-    """Names of registered scorers (entry point group `align.scorers`) that score them, beside or instead of it."""
-    weights: dict[str, float] = Field(default_factory=dict)
-    """What each score counts in the sum: `reward`, or the name of a scorer -> factor. 1 where nothing is said."""
     completions: PositiveInt = 4
     """Completions per prompt, k."""
     prompts_per_rollout: PositiveInt = 64
@@ -64,8 +59,6 @@ class RolloutStage(PolicyStage):
 
     @model_validator(mode="after")
     def _possible(self) -> RolloutStage:
-        if self.reward is None and not self.scorers:
-            raise ValueError("nothing scores the completions: name a `reward` stage, or `scorers`")
         if self.generation.temperature == 0:
             raise ValueError("`generation.temperature` is 0: nothing can be learnt from samples that do not vary")
         batch = self.train.global_batch_size
@@ -75,11 +68,6 @@ class RolloutStage(PolicyStage):
                 f"`train.global_batch_size` of {batch} prompts"
             )
         return self
-
-    @property
-    def parts(self) -> list[str]:
-        """What the scores are called that the sum is made of."""
-        return [*(["reward"] if self.reward else []), *self.scorers]
 
     @property
     def updates_per_rollout(self) -> int:

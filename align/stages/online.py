@@ -18,12 +18,14 @@ from align.models.policies import locate
 from align.models.rewards import load_reward, read_normalization
 from align.models.roles import RoleModel
 from align.models.tokenizer import load_tokenizer
-from align.scoring import get_scorer, labels
+from align.scoring import labels
 from align.spec.job import Job
 from align.spec.online import RolloutStage
+from align.spec.scored import REWARD
 from align.stages import start
 from align.stages.material import Material
-from align.training.online import REWARD, Judges, Online
+from align.stages.scorers import scorers_of
+from align.training.online import Judges, Online
 from align.training.passes import run_passes
 from align.training.rollout_step import CRITIC, RolloutStep
 from align.training.schedule import RolloutSchedule
@@ -194,7 +196,7 @@ def seat(
         settings,
         method,
         prompts=material.prompts,
-        judges=_judges(settings, reward),
+        judges=_judges(job, settings, reward),
         schedule=schedule,
         tokenizer=material.tokenizer,
         reference=getattr(settings, "reference", None) is not None,
@@ -208,8 +210,8 @@ def seat(
     return {"step": step, "online": online, "learning_rates": {CRITIC: rate} if rate else {}}
 
 
-def _judges(settings: RolloutStage, reward: OwnReward | None) -> Judges:
-    scorers = {name: get_scorer(name) for name in settings.scorers}
+def _judges(job: Job, settings: RolloutStage, reward: OwnReward | None) -> Judges:
+    scorers = scorers_of(job, settings)
     columns = labels(scorers)
     weights = {columns[name]: settings.weights.get(name, 1.0) for name in scorers}
     weights[REWARD] = settings.weights.get(REWARD, 1.0)

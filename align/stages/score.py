@@ -13,13 +13,14 @@ from align.artifacts.chunks import Chunks
 from align.artifacts.store import Store
 from align.data.candidates import Candidates, load_candidates
 from align.data.records import EMPTY, SAID_TWICE, TIED, TOO_FEW, left_off
-from align.errors import RecipeError
-from align.scoring import Blend, Scorer, get_scorer, load_function
+from align.scoring import Blend
 from align.spec.job import Job
-from align.spec.score import REWARD, ScoreStage, function_name
+from align.spec.score import ScoreStage
+from align.spec.scored import REWARD
 from align.stages.publish import publish_records, quarantine_of
 from align.stages.rewards import RewardModel
 from align.stages.rounds import finished, in_rounds
+from align.stages.scorers import scorers_of
 from align.training import collectives
 from align.training.distributed import process_group
 from align.training.guards import StopRequest
@@ -108,7 +109,7 @@ class _Judge:
         self.settings = settings
         self.reward = RewardModel(store, job.inputs[settings.reward]) if settings.reward is not None else None
         weights = {part: settings.weights.get(part, 1.0) for part in settings.parts}
-        self.blend = Blend(_scorers(job, settings), weights)
+        self.blend = Blend(scorers_of(job, settings), weights)
 
     def __call__(self, part: Sequence[Candidates]) -> dict[str, Any]:
         wanted = [
@@ -163,17 +164,6 @@ class _Judge:
         given = {} if reward is None else {REWARD: reward}
         blended = self.blend.score(each.prompt, text, each.fields, each.samples.row, given)
         return blended.total, blended.parts, None
-
-
-def _scorers(job: Job, settings: ScoreStage) -> dict[str, Scorer]:
-    """Scorers and functions by what they are called in `weights`."""
-    found = {name: get_scorer(name) for name in settings.scorers}
-    for spec in settings.functions:
-        if spec not in job.code:
-            raise RecipeError(f"{spec} may not run", where=f"stages.{job.stage}.functions", fix="add --allow-code")
-        own = load_function(spec, Path(job.folder), allowed=True, digest=job.code[spec])
-        found[function_name(spec)] = own
-    return found
 
 
 def _key(each: Candidates) -> str:

@@ -26,6 +26,7 @@ from align.methods import Method
 from align.rollout import keyed_draws, sample
 from align.scoring import Scorer, score_completion
 from align.spec.online import PenalisedKL, RolloutStage
+from align.spec.scored import REWARD
 from align.training import collectives
 from align.training.buffer import Buffer, Progress, RolloutExample
 from align.training.checkpoint import checkpoints, step_of
@@ -40,8 +41,6 @@ from align.types import Needs, Rollout
 logger = logging.getLogger(__name__)
 
 ONLINE = "online.json"
-REWARD = "reward"
-"""The role of the reward model, and its column in what is logged."""
 
 
 class RewardModel(Protocol):

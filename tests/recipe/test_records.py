@@ -59,7 +59,7 @@ def test_stages_name_each_other_round_after_round(check: Check, tmp_path: Path) 
     check_rules(graph)
     assert list(graph.nodes)[3:] == ["draw1", "score1", "pairs1", "dpo1", "draw2", "score2", "pairs2", "dpo2"]
     assert sorted(graph.nodes["dpo2"].parents) == ["base", "dpo1", "pairs2", "sft"]
-    assert graph.nodes["score1"].parents == ("draw1", "rm")
+    assert graph.nodes["score1"].parents == ("rm", "draw1")
     assert graph.descendants("draw1") >= {"score1", "dpo1", "draw2", "dpo2"}
     assert set(graph.upto("dpo1").nodes) == {"base", "sft", "rm", "draw1", "score1", "pairs1", "dpo1"}
     made = graph.nodes["dpo1"].data["pairs1"]
