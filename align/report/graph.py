@@ -7,18 +7,21 @@ around the stages there, and every column is ordered by the mean position of its
 from __future__ import annotations
 
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from align.report.numbers import count, duration
 from align.report.read import RunFiles, StageFiles
+from align.report.records import makes_records
 from align.report.svg import add, canvas, markup, tip
 
 BOX_HEIGHT, BOX_WIDTH = 46, 84
 COLUMN_GAP, ROW_GAP, MARGIN = 56, 18, 2
 CHARACTER = 7.6
 SWEEPS = 4
+DATA_KEYS = ("data", "prompts", "samples", "include", "ptx")
+"""Settings that hold the name of an entry of `data`, or of a stage that makes records."""
 COST = ("reference/computed", "reference/reused", "reference/seconds")
 """Metrics, logged once, of what a stage's reference took."""
 
@@ -42,8 +45,9 @@ class Spot:
 def stage_parents(run: RunFiles) -> dict[str, dict[str, list[str]]]:
     """Stage -> the stages it is made from -> the settings that name each.
 
-    A finished stage's manifest knows them all; before that, every setting that holds the name of a stage counts. The
-    base of the recipe's model is left out where another parent stands on it already.
+    A finished stage's manifest knows them all; before that, every setting that holds the name of a stage counts, unless
+    it reads records and the stage makes none. The base of the recipe's model is left out where another parent stands on
+    it already.
     """
     model = run.recipe.get("model")
     base = str(model.get("base")) if isinstance(model, dict) else ""
@@ -51,7 +55,7 @@ def stage_parents(run: RunFiles) -> dict[str, dict[str, list[str]]]:
     for name, stage in run.stages.items():
         found: dict[str, list[str]] = {}
         for key, value in _strings(stage.settings):
-            if value in run.stages and value != name and key not in ("kind", "data", "prompts"):
+            if value in run.stages and value != name and key != "kind" and _may_name(stage, key, run.stages[value]):
                 found.setdefault(value, []).append(key)
         for value in stage.manifest.inputs if stage.manifest else (base,):
             if value in run.stages and value != name and not (value == base and found):
@@ -60,16 +64,23 @@ def stage_parents(run: RunFiles) -> dict[str, dict[str, list[str]]]:
     return parents
 
 
+def _may_name(stage: StageFiles, key: str, other: StageFiles) -> bool:
+    """Whether a setting can mean a stage that has the name it holds."""
+    return makes_records(other.kind) or not (key in DATA_KEYS or makes_records(stage.kind) and key == "candidates")
+
+
 @dataclass(frozen=True)
 class ReferenceFiles:
     """Reference log-probabilities that some stages share, as far as their metrics tell.
 
     Attributes:
         policy: The stage whose policy is the reference.
+        data: What they are of: an entry of `data`, or the stage that makes the records.
         users: Stage -> metrics of what they cost it; empty before it has them.
     """
 
     policy: str
+    data: str
     users: dict[str, dict[str, float]]
 
     @property
@@ -90,16 +101,24 @@ def reference_nodes(run: RunFiles) -> dict[str, ReferenceFiles]:
             continue  # a peer takes its own
         policy, data = stage.settings.get("reference"), stage.settings.get("data")
         if isinstance(policy, str) and isinstance(data, str) and policy in run.stages and policy != name:
-            node = found.setdefault(f"{policy}@{data}", ReferenceFiles(policy, {}))
+            node = found.setdefault(f"{policy}@{data}", ReferenceFiles(policy, data, {}))
             node.users[name] = {key: value for line in stage.metrics[:1] for key, value in line.items() if key in COST}
     return {name: node for name, node in found.items() if name not in run.stages}
 
 
 def _with_references(
-    parents: dict[str, dict[str, list[str]]], nodes: Mapping[str, ReferenceFiles]
+    parents: dict[str, dict[str, list[str]]], nodes: Mapping[str, ReferenceFiles], made: Collection[str]
 ) -> dict[str, dict[str, list[str]]]:
-    """The parents with reference nodes between a policy and the stages that read them; these lose their direct edge."""
-    joined = parents | {name: {node.policy: []} for name, node in nodes.items()}
+    """The parents with reference nodes between a policy and the stages that read them; these lose their direct edge.
+
+    Args:
+        parents: Of the stages.
+        nodes: The reference nodes.
+        made: The stages that make records, of which a node may be.
+    """
+    joined = dict(parents)
+    for name, node in nodes.items():
+        joined[name] = {each: [] for each in (node.policy, node.data) if each == node.policy or each in made}
     for name, node in nodes.items():
         for user in node.users:
             above = {parent: keys for parent, keys in parents[user].items() if parent != node.policy}
@@ -120,7 +139,8 @@ def graph_plot(run: RunFiles) -> str:
     nodes = reference_nodes(run)
     shown = {name: StageFiles(name, "reference log-probs", node.state) for name, node in nodes.items()}
     made_from = stage_parents(run)
-    parents = _with_references(made_from, nodes)
+    made = [name for name, stage in run.stages.items() if makes_records(stage.kind)]
+    parents = _with_references(made_from, nodes, made)
     run = replace(run, stages=run.stages | shown)
     columns = _columns(parents)
     _order(columns)

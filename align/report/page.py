@@ -17,6 +17,7 @@ from align.report import numbers, verdict
 from align.report.charts import comparison_figures, single_values, training_figures
 from align.report.graph import graph_plot
 from align.report.read import Json, RunFiles, StageFiles, read_run
+from align.report.records import makes_records, record_values, selection_rows, shown_records
 from align.report.remarks import lengths, remarks
 from align.report.rewards import reward_figures, reward_values
 from align.spec.stages import CompareStage
@@ -64,7 +65,10 @@ def render(run: RunFiles) -> str:
         facts=_facts(run),
         graph=graph_plot(run) if run.stages else "",
         comparisons=[_comparison(run, stage) for stage in run.stages.values() if stage.results],
-        stages=[_stage(run, stage) for stage in run.stages.values() if not stage.results],
+        made=[_made(run, stage) for stage in run.stages.values() if makes_records(stage.kind)],
+        stages=[
+            _stage(run, stage) for stage in run.stages.values() if not stage.results and not makes_records(stage.kind)
+        ],
         data=[row for stage in run.stages.values() for row in _data(stage)],
         recipe_lines=list(_yaml_tokens(run.recipe_text)),
         manifests=[stage.manifest for stage in run.stages.values() if stage.manifest],
@@ -162,6 +166,39 @@ def _stage(run: RunFiles, stage: StageFiles) -> Json:
         "facts": facts,
         "figures": reward_figures(stage.evaluation) + training_figures(stage.metrics),
         "policy": _policy(run, stage),
+        "drawn": _drawn(stage),
+    }
+
+
+def _drawn(stage: StageFiles) -> list[Json]:
+    """What the policy of a stage on rollouts wrote at its start, half way and at its end."""
+    lines = stage.drawn
+    picked = {id(line): line for line in (lines[:1] + lines[len(lines) // 2 :][:1] + lines[-1:])}
+    return [
+        {
+            "prompt": str(line.get("prompt", "")),
+            "answers": [
+                {
+                    "candidate": f"rollout {int(line.get('rollout', 0)) + 1}",
+                    "text": line["completion"],
+                    "figures": [f"score {numbers.fixed(float(line.get('score', math.nan)), 2)}"],
+                }
+            ],
+        }
+        for line in picked.values()
+    ]
+
+
+def _made(run: RunFiles, stage: StageFiles) -> Json:
+    made = stage.manifest
+    values = record_values(made.metrics) if made else []
+    took = [("Wall time", numbers.duration(made.wall_seconds))] if made else []
+    return {
+        "stage": stage,
+        "anchor": _anchor(run, stage),
+        "facts": [*values, *took],
+        "selection": selection_rows(stage.selection),
+        "samples": shown_records(stage.records),
     }
 
 

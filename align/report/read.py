@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from pydantic import ValidationError
 
 from align.artifacts.manifest import Manifest
 from align.errors import ArtifactError
+from align.recipe.made import RECORDS
+from align.report.records import SHOWN
 
 Json = dict[str, Any]
 
@@ -33,8 +37,11 @@ class StageFiles:
         data: Content of `data.json`: data entry -> report.
         results: Content of `results.json` of a comparison.
         samples: Lines of `samples.jsonl` of a comparison.
+        drawn: Lines of `samples.jsonl` of a stage that learns from its own completions.
         evaluation: Content of `evaluation.json` of a reward model.
         normalization: Content of its `normalization.json`.
+        records: The first lines of `records.jsonl` of a stage that makes records.
+        selection: Content of its `selection.json`, if it selects.
     """
 
     name: str
@@ -48,8 +55,11 @@ class StageFiles:
     data: Json = field(default_factory=dict)
     results: Json | None = None
     samples: list[Json] = field(default_factory=list)
+    drawn: list[Json] = field(default_factory=list)
     evaluation: Json = field(default_factory=dict)
     normalization: Json = field(default_factory=dict)
+    records: list[Json] = field(default_factory=list)
+    selection: Json = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -101,8 +111,11 @@ def _stage(folder: Path, name: str, settings: Json, record: Json) -> StageFiles:
         data={name: report for name, report in _json(place / "data.json").items() if isinstance(report, dict)},
         results=results if isinstance(results.get("candidates"), dict) else None,
         samples=[line for line in _lines(place / "samples.jsonl") if isinstance(line.get("answers"), dict)],
+        drawn=[line for line in _lines(place / "samples.jsonl") if isinstance(line.get("completion"), str)],
         evaluation=_json(place / "evaluation.json"),
         normalization=_json(place / "normalization.json"),
+        records=list(islice(_lines(place / RECORDS), SHOWN)),
+        selection=_json(place / "selection.json"),
     )
 
 
@@ -132,14 +145,15 @@ def _yaml(text: str) -> Json:
 
 
 def _lines(path: Path) -> Iterator[Json]:
-    """The objects of a JSONL file; a line that a kill cut short is passed over."""
-    for line in _text(path).splitlines():
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(value, dict):
-            yield value
+    """The objects of a JSONL file, one by one; a line that a kill cut short is passed over."""
+    with suppress(OSError), path.open(encoding="utf-8", errors="replace", newline="\n") as file:
+        for line in file:
+            try:
+                value = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if isinstance(value, dict):
+                yield value
 
 
 def _manifest(path: Path) -> Manifest | None:

@@ -237,3 +237,20 @@ def test_no_folder_is_an_error(tmp_path: Path) -> None:
 def test_the_same_run_gives_the_same_page(run: Any, make_run: Callable[[], Any]) -> None:
     first = write_report(run.folder, run.folder / "report.html").read_bytes()
     assert write_report(run.folder, run.folder / "report.html").read_bytes() == first
+
+
+def test_what_a_policy_wrote_on_the_way_is_shown(make_run: Callable[[], Any]) -> None:
+    """Of a stage on rollouts: the first completion, one half way and the last, with their scores."""
+    run = make_run()
+    lines = [
+        {"rollout": r, "step": 2 * r, "prompt": f"prompt {r}", "completion": f"said <b>{r}</b>", "score": r / 4}
+        for r in range(5)
+    ]
+    artifact = run.artifact("dpo")
+    (run.folder / "dpo").unlink()
+    shutil.copytree(artifact, run.folder / "dpo")
+    (run.folder / "dpo" / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    told = page_of(run.folder).told
+    assert [f"prompt {r}" in told for r in range(5)] == [True, False, True, False, True]
+    assert "said <b>4</b>" in told
+    assert "score 1.00" in told
