@@ -66,7 +66,7 @@ def stage_parents(run: RunFiles) -> dict[str, dict[str, list[str]]]:
 
 def _may_name(stage: StageFiles, key: str, other: StageFiles) -> bool:
     """Whether a setting can mean a stage that has the name it holds."""
-    return makes_records(other.kind) or not (key in DATA_KEYS or makes_records(stage.kind) and key == "candidates")
+    return makes_records(other.kind) or not (key in DATA_KEYS or (makes_records(stage.kind) and key == "candidates"))
 
 
 @dataclass(frozen=True)
