@@ -26,6 +26,7 @@ CASES = [
     *(("reward", "nf4-lora", launcher) for launcher in LAUNCHERS),
     *(("reward", "full", launcher) for launcher in ("none", "zero2", "zero3")),
     *((kind, "nf4-lora", launcher) for kind in OTHERS for launcher in ("zero2", "zero3")),
+    *((kind, "nf4-lora", "none") for kind in ("ppo", "grpo")),
 ]
 
 
@@ -66,6 +67,8 @@ def test_two_ranks_equal_one(kind, model, deepspeed, base, tmp_path, tmp_path_fa
         assert result["grad_norms"] == pytest.approx(expected["grad_norms"], rel=1e-3)
         assert all(tensor.size for tensor in result["state"].values())
         assert distance(expected["state"], result["state"]) < 2e-4
+        if expected["online"]:  # the second rollout, which trained weights have drawn
+            assert result["online"]["completions"] == expected["online"]["completions"]
 
 
 @pytest.mark.parametrize("deepspeed", ["none", "zero3"])

@@ -123,7 +123,7 @@ def test_with_one_update_per_rollout_nobody_asks_the_policy_what_it_said(kind, b
     run = Run(base, tmp_path / "without", kind, steps=3, settings=settings)
     without = fit(0, 1, run)
     assert roles == ["reference", "reward"] * 3
-    assert without["online"]["rollout"].logps is None
+    assert without["online"]["logps"] is None
     roles.clear()
     monkeypatch.setattr(making.Online, "_wants_old", True)
     having = fit(0, 1, replace(run, work=tmp_path / "having"))

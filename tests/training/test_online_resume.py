@@ -167,7 +167,7 @@ def test_a_run_that_goes_on_from_the_checkpoint_before_draws_nothing_again(run, 
 def test_a_run_with_one_update_per_rollout_goes_on_exactly(base, tmp_path, drawn):
     run = Run(base, tmp_path / "whole", "grpo", steps=4, save_every=2, settings={"prompts_per_rollout": 5})
     whole = fit(0, 1, run)
-    assert whole["online"]["rollout"].logps is None
+    assert whole["online"]["logps"] is None
     cut = replace(run, work=tmp_path / "cut", parameter_hook=at(3, lambda trainer: trainer, "log"))
     with pytest.raises(KeyboardInterrupt):
         fit(0, 1, cut)

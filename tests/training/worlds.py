@@ -238,5 +238,19 @@ def fit(rank: int, world: int, run: Run) -> dict[str, Any]:
         "resumed": trainer.resumed_from_step,
         "wrapper": type(trainer.model_wrapped).__name__,
         "sharded": any(hasattr(p, "ds_id") and p.numel() == 0 for p in trainer.model.parameters()),
-        "online": trainer.online and {**vars(trainer.online.buffer), "stopped": trainer.online.stopped},
+        "online": trainer.online and last_rollout(trainer.online),
+    }
+
+
+def last_rollout(online: Online) -> dict[str, Any]:
+    """What is known of it, without tensors, so that another process can be told."""
+    assert online.buffer is not None
+    buffer, rollout = online.buffer, online.buffer.rollout
+    found = {name: getattr(rollout, name) for name in ("scores", "logps", "reference", "values")}
+    found |= {"advantages": buffer.made.advantages, "returns": buffer.made.returns}
+    return {name: None if t is None else t.numpy() for name, t in found.items()} | {
+        "completions": buffer.completions,
+        "ended": buffer.ended,
+        "progress": buffer.progress,
+        "stopped": online.stopped,
     }
