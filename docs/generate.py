@@ -1,4 +1,4 @@
-"""Writes the method pages from docstrings and settings: `python docs/generate.py`. A test keeps them current."""
+"""Writes the pages of methods and other kinds from their docstrings and settings: `python docs/generate.py`."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import inspect
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
 
 from align.methods import Method, all_methods
+from align.recipe.shape import strip
+from align.spec.kinds import OTHER_KINDS
 from align.spec.online import RolloutStage
-from align.spec.stages import PolicyStage, TrainedStage
+from align.spec.stages import GenerationSettings, PolicyStage, Stage, TrainedStage
 
 PAGES = Path(__file__).parent / "methods"
+KIND_PAGES = Path(__file__).parent / "kinds"
 
 
 def page(method: Method) -> str:
@@ -37,11 +40,11 @@ def page(method: Method) -> str:
         "",
         "## Settings of its own",
         "",
-        *_table(method, [n for n in own if n != "kind"]),
+        *_table(method.config, [n for n in own if n != "kind"]),
         "",
         "## Settings shared with other methods",
         "",
-        *_table(method, shared),
+        *_table(method.config, shared),
         "",
         *_advantages(method),
         "## Loss",
@@ -69,15 +72,17 @@ def _prose(text: str) -> str:
     return "\n".join(out).strip("\n")
 
 
-def _table(method: Method, names: list[str]) -> list[str]:
+def _table(config: type[BaseModel], names: list[str]) -> list[str]:
     rows = ["| setting | type | default | meaning |", "| --- | --- | --- | --- |"]
     for name in names:
-        field = method.config.model_fields[name]
+        field = config.model_fields[name]
         rows.append(f"| `{name}` | {_type(field.annotation)} | {_default(field)} | {_cell(field.description)} |")
     return rows
 
 
 def _type(annotation: Any) -> str:
+    if get_origin(annotation) is list:
+        annotation = list[strip(get_args(annotation)[0])]
     text = inspect.formatannotation(annotation)
     text = re.sub(r"\b(?:align|typing|annotated_types)(?:\.\w+)*\.(\w+)", r"\1", text)
     text = re.sub(r"Annotated\[(\w+), [^\]]*\]", r"\1", text)
@@ -108,7 +113,34 @@ def pages() -> dict[str, str]:
     return {f"{k}.md": page(m) for k, m in own.items()} | {"README.md": "\n".join([*index, ""])}
 
 
+def kind_page(kind: str, config: type[Stage]) -> str:
+    """One kind that does not train: what it does, its settings, and those of its generation."""
+    lines = [
+        f"# `{kind}`",
+        "",
+        _cell(inspect.getdoc(config)),
+        "",
+        f"Produces: {config.produces}. Does not train.",
+        "",
+        "## Settings",
+        "",
+        *_table(config, [n for n in config.model_fields if n != "kind"]),
+        "",
+    ]
+    if "generation" in config.model_fields:
+        lines += ["## `generation`", "", *_table(GenerationSettings, list(GenerationSettings.model_fields)), ""]
+    return "\n".join(lines)
+
+
+def kind_pages() -> dict[str, str]:
+    """File name -> content, for every kind that does not train."""
+    index = ["# Kinds that do not train", "", "| kind | produces | what it does |", "| --- | --- | --- |"]
+    index += [f"| [`{k}`]({k}.md) | {c.produces} | {_cell(inspect.getdoc(c))} |" for k, c in OTHER_KINDS.items()]
+    return {f"{k}.md": kind_page(k, c) for k, c in OTHER_KINDS.items()} | {"README.md": "\n".join([*index, ""])}
+
+
 if __name__ == "__main__":
-    PAGES.mkdir(exist_ok=True)
-    for name, content in pages().items():
-        (PAGES / name).write_text(content)
+    for folder, written in ((PAGES, pages()), (KIND_PAGES, kind_pages())):
+        folder.mkdir(exist_ok=True)
+        for name, content in written.items():
+            (folder / name).write_text(content)
