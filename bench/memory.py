@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 
@@ -52,3 +53,19 @@ def _quiet() -> Iterator[None]:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(nowhere)
+
+
+def held_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the storages of some tensors; one that several of them share counts once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+def tensors_of(module: nn.Module) -> Iterator[Tensor]:
+    """Parameters, buffers, and the scales that belong to quantised weights."""
+    yield from module.buffers()
+    for parameter in module.parameters():
+        yield parameter
+        state = getattr(parameter, "quant_state", None)
+        for each in () if state is None else (state, *([state.state2] if state.nested else [])):
+            yield from (t for t in vars(each).values() if isinstance(t, Tensor))

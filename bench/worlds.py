@@ -45,7 +45,8 @@ class Shape:
         kv_heads: Key-value heads.
         vocab: V.
         tied: Whether the head is the embedding.
-        quantized: NF4 with bf16 computation; fp32 otherwise.
+        quantized: NF4; fp32 otherwise.
+        half: Compute in bf16 where weights are quantised; in fp32 otherwise, as a recipe without a GPU does.
         rank: Of the adapters, on every linear layer; alpha is twice that.
         pairs: Pairs per optimizer step.
         prompts: Prompts of ranked candidates per optimizer step.
@@ -66,6 +67,7 @@ class Shape:
     vocab: int
     tied: bool = False
     quantized: bool = False
+    half: bool = True
     rank: int = 8
     pairs: int = 8
     prompts: int = 2
@@ -85,7 +87,11 @@ class Shape:
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.quantized else torch.float32
+        return torch.bfloat16 if self.quantized and self.half else torch.float32
+
+    def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
+        """What accelerate puts around the forward pass of a bf16 run."""
+        return torch.autocast(device.type, torch.bfloat16) if self.dtype is torch.bfloat16 else nullcontext()
 
     @property
     def adapter(self) -> LoraSettings:
@@ -238,7 +244,7 @@ class World:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """What accelerate puts around the forward pass of a bf16 run."""
-        return torch.autocast(self.device.type, torch.bfloat16) if self.shape.quantized else nullcontext()
+        return self.shape.autocast(self.device)
 
     def roles(self, *, checkpointing: bool = False) -> RoleModel:
         """The base under a trained adapter that is not the identity, and the reference, which is the base itself."""
