@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from align.artifacts.store import Store
 from align.data import ChatEncoder, Completion, DataReport, Example, PromptExample, load_examples, load_prompts
-from align.data.records import Conversation
+from align.data.records import Conversation, Prompt
 from align.errors import DataError, RecipeError
 from align.logps import last_rewards
 from align.methods import Method, get_method
@@ -25,6 +27,7 @@ from align.spec.scored import REWARD
 from align.stages import start
 from align.stages.material import Material
 from align.stages.scorers import scorers_of
+from align.training.guards import together
 from align.training.online import Judges, Online
 from align.training.passes import run_passes
 from align.training.rollout_step import CRITIC, RolloutStep
@@ -92,36 +95,64 @@ class OwnReward:
     """
 
     def __init__(self, model: RoleModel, tokenizer: Any, policy_tokenizer: Any, pack_tokens: int) -> None:
-        self.model, self.pack_tokens, self.policy_tokenizer = model, pack_tokens, policy_tokenizer
+        self.model, self.pack_tokens = model, pack_tokens
+        self.tokenizer, self.policy_tokenizer = tokenizer, policy_tokenizer
+        self.positions: int = getattr(model.config.get_text_config(), "max_position_embeddings", 2**20)
         alike = tokenizer.get_vocab() == policy_tokenizer.get_vocab()
-        self.encoder = (
-            None
-            if alike and tokenizer.chat_template == policy_tokenizer.chat_template
-            else ChatEncoder(tokenizer, getattr(model.config.get_text_config(), "max_position_embeddings", 2**20))
-        )
+        alike = alike and tokenizer.chat_template == policy_tokenizer.chat_template
+        self.encoder = None if alike else ChatEncoder(tokenizer, self.positions)
+        added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+        control = {token for token in (*added, *tokenizer.all_special_tokens) if len(token) > 2}
+        self._control = re.compile("|".join(re.escape(t) for t in sorted(control, key=len, reverse=True)) or r"(?!)")
+
+    def check(self, prompts: Sequence[PromptExample], new_tokens: int) -> None:
+        """Refuse prompts that it cannot read, before anything is drawn for them.
+
+        Raises:
+            DataError: There is one.
+        """
+        why: str | None = None
+        outcomes: Sequence[Any] = prompts
+        if self.encoder is not None:
+            outcomes = self.encoder.encode_many([Prompt(p.row, p.messages) for p in prompts])
+        for prompt, outcome in zip(prompts, outcomes, strict=True):
+            if isinstance(outcome, Exception):
+                why = str(outcome)
+            elif len(outcome.prompt_ids) + new_tokens > self.positions:
+                why = f"its {len(outcome.prompt_ids)} tokens and {new_tokens} new ones are over {self.positions}"
+            if why is not None:
+                raise DataError(
+                    f"the reward model, which has a base of its own, cannot read the prompt in row {prompt.row}: {why}",
+                    fix="leave such rows out, or name a reward model on the policy's own base",
+                )
 
     def rewards(
         self, prompts: Sequence[PromptExample], completions: Sequence[Sequence[list[int]]]
     ) -> list[list[float]]:
-        """The reward of every completion of every prompt.
-
-        Raises:
-            DataError: A completion cannot be put into the reward model's template.
-        """
-        examples = [self._example(p, ids) for p, each in zip(prompts, completions, strict=True) for ids in each]
+        """The reward of every completion of every prompt; all ranks together."""
+        examples = together(partial(self._examples, prompts, completions))
         (found,) = run_passes(self.model, [(REWARD, last_rewards)], examples, self.pack_tokens)
         flat = iter(float(each) for each in found)
         return [[next(flat) for _ in each] for each in completions]
 
+    def _examples(self, prompts: Sequence[PromptExample], completions: Sequence[Sequence[list[int]]]) -> list[Example]:
+        return [self._example(p, ids) for p, each in zip(prompts, completions, strict=True) for ids in each]
+
     def _example(self, prompt: PromptExample, ids: list[int]) -> Example:
         if self.encoder is None:
             return Example(prompt.row, prompt.prompt_ids, (Completion(ids, [True] * len(ids), False),), 1.0)
-        text = self.policy_tokenizer.decode(ids, skip_special_tokens=True) or " "
-        record = Conversation(prompt.row, [*prompt.messages, {"role": "assistant", "content": text}])
+        text = self.policy_tokenizer.decode(ids, skip_special_tokens=True)
+        # To the policy they are text like any other, and it could write the end of its turn into an answer.
+        while self._control.search(text):
+            text = self._control.sub("", text)
+        record = Conversation(prompt.row, [*prompt.messages, {"role": "assistant", "content": text or " "}])
         (outcome,) = self.encoder.encode_many([record])
-        if not isinstance(outcome, Example):
-            raise DataError(f"the reward model's template cannot hold the prompt in row {prompt.row}: {outcome}")
-        return outcome
+        if isinstance(outcome, Example):
+            return outcome
+        # The template would write it in other words; whatever the policy says, it may not stop the run.
+        own = [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.tokenizer.eos_token_id]
+        completion = Completion(own, [True] * len(own), False)
+        return Example(prompt.row, self.encoder.prompt(list(prompt.messages)), (completion,), 1.0)
 
 
 def load_own_reward(job: Job, settings: RolloutStage, store: Store, tokenizer: Any) -> OwnReward | None:
@@ -191,6 +222,8 @@ def seat(
     """
     assert isinstance(schedule, RolloutSchedule)
     method = get_method(job.kind)
+    if reward is not None:
+        reward.check(material.prompts, settings.generation.max_new_tokens)
     add_seats(job, settings, method, store, roles, own=reward is not None)
     online = Online(
         settings,
@@ -212,8 +245,9 @@ def seat(
 
 def _judges(job: Job, settings: RolloutStage, reward: OwnReward | None) -> Judges:
     scorers = scorers_of(job, settings)
-    columns = labels(scorers)
+    columns = {name: name if label == REWARD else label for name, label in labels(scorers).items()}
     weights = {columns[name]: settings.weights.get(name, 1.0) for name in scorers}
-    weights[REWARD] = settings.weights.get(REWARD, 1.0)
     named = {columns[name]: (name, scorer) for name, scorer in scorers.items()}
-    return Judges(named, weights, None if settings.reward is None else reward or "shared")
+    if settings.reward is None:
+        return Judges(named, weights)
+    return Judges(named, weights | {REWARD: settings.weights.get(REWARD, 1.0)}, reward or "shared")
