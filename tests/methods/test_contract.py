@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
 import torch
 
 from align.data.chat import Completion, Example
-from align.logps import last_rewards
+from align.logps import last_rewards, token_values
 from align.methods import Method, all_methods, get_method
 from align.recipe.ignored import declared
+from align.training.buffer import Drawn, RolloutExample
+from align.training.rollout_step import RolloutStep
 from align.training.step import Step, Totals, scaled_loss
 from align.types import Batch, LossOutput, Needs
 from tests.methods.batches import (
@@ -244,11 +247,16 @@ class Table:
     def __init__(self, vocabulary: int) -> None:
         self.values = torch.rand(vocabulary, generator=torch.Generator().manual_seed(0)).requires_grad_()
 
-    def __call__(self, role: str, function: Any, pack: Any) -> torch.Tensor:
+    def __call__(self, role: str, function: Any, pack: Any, beside: Any = ()) -> Any:
+        if beside:
+            return tuple(self(name, each, pack) for name, each in ((role, function), *beside))
         ids = pack.input_ids.flatten()
         if function is last_rewards:
             return self.values[ids[pack.last]] * 3
-        return -self.values[pack.targets] * (1 + self.values[ids[pack.positions]])
+        if function is token_values:
+            return self.values[ids[pack.positions]] - 0.3
+        logps = -self.values[pack.targets] * (1 + self.values[ids[pack.positions]])
+        return (logps, self.values[ids[pack.positions]] * 2) if isinstance(function, partial) else logps
 
 
 def examples_of(method: Method, n: int, vocabulary: int) -> list[Example]:
@@ -265,15 +273,30 @@ def examples_of(method: Method, n: int, vocabulary: int) -> list[Example]:
         elif method.batch is Batch.RANKED:
             scores = (2.0, *(float(draw(0, 2)) for _ in range(draw(1, 4))))
             count = len(scores) + (Needs.REWARDS not in method.needs)
+        elif method.batch is Batch.ROLLOUT:
+            count = draw(1, 4)
         completions = tuple(completion(draw(1, 12)) for _ in range(count))
         weight, margin = draw(1, 4) / 2, draw(0, 3) / 2
-        out.append(Example(row, ids(draw(2, 9)), completions, weight, b"", scores, margin))
+        example = Example(row, ids(draw(2, 9)), completions, weight, b"", scores, margin)
+        out.append(drawn(example, g) if method.batch is Batch.ROLLOUT else example)
     return out
+
+
+def drawn(example: Example, g: torch.Generator) -> RolloutExample:
+    """The example with what a rollout found out about its tokens; every third completion is left out."""
+    tokens = sum(len(c.ids) for c in example.completions)
+    numbers = {name: torch.randn(tokens, generator=g) for name in ("advantages", "values", "returns")}
+    logps = {name: -torch.rand(tokens, generator=g) for name in ("old", "reference")}
+    kept = tuple((example.row + k) % 3 != 1 for k in range(len(example.completions)))
+    return RolloutExample(
+        example.row, example.prompt_ids, example.completions, 1.0, drawn=Drawn(kept=kept, **numbers, **logps)
+    )
 
 
 def one_step(method: Method, examples: list[Example], pack_tokens: int, config: Any) -> tuple[float, torch.Tensor, int]:
     """Loss, gradient and number of packs of an optimizer step, as the trainer makes them."""
-    model, step = Table(40), Step(method, config, pack_tokens)
+    model = Table(40)
+    step = (RolloutStep if method.batch is Batch.ROLLOUT else Step)(method, config, pack_tokens)
     references = None
     if method.reference:
         references = [[-0.9 * len(c.ids) for c in e.completions] for e in examples]
@@ -291,9 +314,9 @@ def one_step(method: Method, examples: list[Example], pack_tokens: int, config: 
 
 def test_packs_and_their_padding_do_not_matter(method: Method):
     """One pack of everything, padded to the longest row, or one per example."""
-    if method.batch is Batch.ROLLOUT:
-        pytest.skip("`Step` makes no batches of rollouts")
     configs = [config_of(method)]
+    if method.batch is Batch.ROLLOUT:
+        configs.append(config_of(method, entropy_weight=0.3))
     if Needs.PROMPT_LOGPS in method.needs:
         configs.append(config_of(method, loss_on="all"))
     for config in configs:
