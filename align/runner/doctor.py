@@ -261,7 +261,8 @@ def gpus(torch: dict[str, Any] | None, nvidia_smi: str | None) -> Iterator[Findi
             "note",
             f"torch for CUDA {torch['built_for_cuda']}",
             "not yet run on CUDA: the paths for GPUs (NCCL, bf16, NF4 kernels, the ragged attention kernel of shared "
-            "prompts) are written and were never tried; `train.packing: rows` avoids the last",
+            "prompts, CUDA graphs and vLLM for drawing) are written and were never tried; `train.packing: rows` avoids "
+            "the kernel",
         )
         if not torch["bf16"]:
             yield Finding("bf16", "note", "the GPU has none", "dtype auto is float32")
