@@ -23,12 +23,13 @@ from torch import Tensor
 
 from align.methods import method
 from align.methods.ops import clipped, group_mean, group_std, kl_estimate, rollout_metrics, with_entropy
-from align.spec.base import Unread
+from align.spec.base import Unread, added
 from align.spec.online import Anchored, Clipped, EntropyBonus, RolloutStage, unanchored
+from align.spec.stages import Engined
 from align.types import Advantages, Batch, LossOutput, Needs, Rollout, RolloutLogps, Term
 
 
-class GRPO(RolloutStage, Anchored, Clipped, EntropyBonus):
+class GRPO(RolloutStage, Anchored, Clipped, EntropyBonus, Engined):
     """Settings of `kind: grpo`."""
 
     unread: ClassVar[tuple[Unread, ...]] = (
@@ -40,6 +41,8 @@ class GRPO(RolloutStage, Anchored, Clipped, EntropyBonus):
     )
 
     kind: Literal["grpo"] = "grpo"
+    engine: Literal["align", "trl"] = added("align")
+    """What trains the stage: align's own trainer, or TRL's, as a peer to check it against (needs the extra `trl`)."""
     completions: int = Field(default=8, ge=2)
     """Completions per prompt."""
     scale: Literal["std", "none"] = "std"

@@ -19,12 +19,13 @@ from pydantic import Field
 
 from align.methods import method
 from align.methods.ops import clipped, group_mean, kl_estimate, rollout_metrics, with_entropy
-from align.spec.base import Unread
+from align.spec.base import Unread, added
 from align.spec.online import Clipped, EntropyBonus, PenalisedKL, RolloutStage
+from align.spec.stages import Engined
 from align.types import Advantages, Batch, LossOutput, Needs, Rollout, RolloutLogps, Term
 
 
-class RLOO(RolloutStage, PenalisedKL, Clipped, EntropyBonus):
+class RLOO(RolloutStage, PenalisedKL, Clipped, EntropyBonus, Engined):
     """Settings of `kind: rloo`."""
 
     unread: ClassVar[tuple[Unread, ...]] = (
@@ -32,6 +33,8 @@ class RLOO(RolloutStage, PenalisedKL, Clipped, EntropyBonus):
     )
 
     kind: Literal["rloo"] = "rloo"
+    engine: Literal["align", "trl"] = added("align")
+    """What trains the stage: align's own trainer, or TRL's, as a peer to check it against (needs the extra `trl`)."""
     completions: int = Field(default=4, ge=2)
     """Completions per prompt; each is the others' baseline."""
     ratio: Literal["sequence", "none"] = "sequence"

@@ -6,49 +6,27 @@ ZeRO-1, 2 and 3, give on two ranks the losses and weights of one process. With i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
 from align.errors import RecipeError
-from align.methods.dpo import DPO
-from align.methods.kto import KTO
 from align.methods.pretrain import Pretrain
 from align.recipe.graph import Graph, Node
 from align.recipe.lineage import model_loc
 from align.recipe.load import LoadedRecipe
 from align.recipe.origins import Loc
+from align.recipe.peer_rules import PEER_RULES
 from align.recipe.rope import Rope, rope_of
+from align.recipe.rule import Rule
 from align.recipe.seats import has_critic
 from align.recipe.sizes import config_of_folder, positions_of
 from align.recipe.sources import base_folder
 from align.recipe.validate import combine
-from align.spec.data import records_of
 from align.spec.model import Architecture, LoraSettings
 from align.spec.online import RolloutStage
-from align.spec.stages import TrainedStage, engine_of, reference_of
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One combination.
-
-    Attributes:
-        id: Its name.
-        fields: The settings that clash, as attributes of a `Node`; the first is where the error points.
-        when: The values that clash, for a reader of the table.
-        applies: Whether a stage has them.
-        why: Why that cannot work.
-        fix: What to do instead.
-    """
-
-    id: str
-    fields: tuple[str, ...]
-    when: str
-    applies: Callable[[Node], bool]
-    why: str
-    fix: str
+from align.spec.stages import TrainedStage, reference_of
 
 
 def _quantised_in_full(node: Node) -> bool:
@@ -101,28 +79,6 @@ def _heads(node: Node) -> bool:
     if a is None:
         return False
     return bool(a.hidden_size % (2 * a.heads) or a.heads % (a.kv_heads or a.heads))
-
-
-def _trl(node: Node) -> bool:
-    return engine_of(node.stage) == "trl"
-
-
-def _trl_head(node: Node) -> bool:
-    adapter = node.model.adapter if node.model is not None else None
-    return _trl(node) and isinstance(adapter, LoraSettings) and "lm_head" in adapter.targets
-
-
-def _trl_best(node: Node) -> bool:
-    validation = node.stage.train.validation if _trl(node) and isinstance(node.stage, TrainedStage) else None
-    return validation is not None and (validation.keep == "best" or validation.patience is not None)
-
-
-def _unsmoothed(stage: DPO) -> bool:
-    return stage.loss == "sigmoid" and stage.label_smoothing > 0
-
-
-def _by_token(stage: DPO) -> bool:
-    return stage.loss != "sigmoid" and stage.reduction == "token_mean"
 
 
 RULES: tuple[Rule, ...] = (
@@ -207,86 +163,7 @@ RULES: tuple[Rule, ...] = (
         "all heads have the same width, an even one (rotary positions turn pairs), and share key-value heads evenly",
         "choose hidden_size as a multiple of 2 x heads, and kv_heads as a divisor of heads",
     ),
-    Rule(
-        "trl-processes",
-        ("launch.processes", "stage.engine"),
-        "`engine: trl` with several `processes`",
-        lambda node: _trl(node) and node.launch.processes > 1,
-        "TRL would deal the examples of a step to other ranks than align does; the peer runs in one process",
-        "write launch: {processes: 1} in this stage",
-    ),
-    Rule(
-        "trl-deepspeed",
-        ("launch.deepspeed", "stage.engine"),
-        "`engine: trl` with `deepspeed`",
-        lambda node: _trl(node) and node.launch.deepspeed != "none",
-        "the peer runs without DeepSpeed",
-        "write launch: {deepspeed: none} in this stage",
-    ),
-    Rule(
-        "trl-best",
-        ("stage.train.validation.keep", "stage.train.validation.patience", "stage.engine"),
-        "`engine: trl` with `validation: {keep: best}` or `patience`",
-        _trl_best,
-        "the peer keeps no checkpoints, so it ends with its last weights",
-        "write keep: last and no patience",
-    ),
-    Rule(
-        "trl-head",
-        ("model.adapter.targets", "stage.engine"),
-        "`engine: trl` with an adapter on `lm_head`",
-        _trl_head,
-        "TRL multiplies by the head's own weight, so an adapter on it would not be trained",
-        "leave lm_head out of targets",
-    ),
-    Rule(
-        "trl-reduction",
-        ("stage.reduction", "stage.engine"),
-        "`engine: trl` with `reduction: sequence_mean`",
-        lambda node: _trl(node) and getattr(node.stage, "reduction", "") == "sequence_mean",
-        "TRL's SFT has the mean over tokens alone",
-        "write reduction: token_mean, or engine: align",
-    ),
-    Rule(
-        "trl-reference",
-        ("stage.reference", "stage.engine"),
-        "`engine: trl` with `reference: null`",
-        lambda node: _trl(node) and getattr(node.stage, "reference", "") is None,
-        "TRL takes the policy's start for the reference where none is given",
-        "name a stage as reference, or write engine: align",
-    ),
-    Rule(
-        "trl-smoothing",
-        ("stage.label_smoothing", "stage.loss", "stage.engine"),
-        "`engine: trl` with `label_smoothing` and `loss: sigmoid`",
-        lambda node: _trl(node) and isinstance(node.stage, DPO) and _unsmoothed(node.stage),
-        "TRL 1.16 accepts label_smoothing with its sigmoid loss and does not read it",
-        "write loss: robust, or engine: align",
-    ),
-    Rule(
-        "trl-loss",
-        ("stage.loss", "stage.reduction", "stage.engine"),
-        "`engine: trl` with `loss: robust` or `rso` and `reduction: token_mean`",
-        lambda node: _trl(node) and isinstance(node.stage, DPO) and _by_token(node.stage),
-        "TRL has the token mean for its sigmoid loss alone",
-        "write reduction: sum or loss: sigmoid, or engine: align",
-    ),
-    Rule(
-        "trl-kto",
-        ("stage.train.global_batch_size", "stage.engine"),
-        "`engine: trl` with `kind: kto` and one example per step",
-        lambda node: _trl(node) and isinstance(node.stage, KTO) and node.stage.train.global_batch_size < 2,
-        "TRL estimates the KL term from a batch of at least 2",
-        "write a larger global_batch_size",
-    ),
-    Rule(
-        "trl-ranked",
-        ("stage.data", "stage.engine"),
-        "`engine: trl` with `kind: reward` and ranked lists",
-        lambda node: _trl(node) and any(records_of(source) == "ranked" for source in node.data.values()),
-        "TRL's reward trainer knows pairs alone",
-        "write convert: all_pairs in the data (each pair then counts alike), or engine: align",
-    ),
+    *PEER_RULES,
 )
 
 

@@ -31,6 +31,13 @@ PEER = ["stages.dpo.engine=trl", "stages.dpo.launch={processes: 1}"]
 ROLLOUTS = "stages.dpo={kind: grpo, policy: sft, reference: REFERENCE, scorers: [film-reviews], prompts: pairs}"
 FREE = ROLLOUTS.replace("REFERENCE", "null")
 
+
+def drawn(settings: str, kind: str = "rloo") -> str:
+    """A stage on rollouts that TRL trains."""
+    peer = "policy: sft, reference: sft, scorers: [film-reviews], prompts: pairs, engine: trl, launch: {processes: 1}"
+    return f"stages.dpo={{kind: {kind}, {peer}, {settings}}}"
+
+
 BROKEN = {
     "quantised-full": (
         ["model.adapter=none"],
@@ -136,6 +143,35 @@ BROKEN = {
         "--set stages.dpo=",
         "stage `dpo` has data pairs with engine trl",
     ),
+    "trl-stop-kl": ([drawn("stop_kl: 0.1")], "--set stages.dpo=", "stage `dpo` has stop_kl 0.1 with engine trl"),
+    "trl-normalise": (
+        [drawn("normalise_scores: true", "grpo")],
+        "--set stages.dpo=",
+        "stage `dpo` has normalise_scores true with engine trl",
+    ),
+    "trl-score-clip": (
+        [drawn("score_clip: 2.0, missing_eos: subtract")],
+        "--set stages.dpo=",
+        "stage `dpo` has score_clip 2.0 with missing_eos subtract with engine trl",
+    ),
+    "trl-drop": ([drawn("missing_eos: drop")], "--set stages.dpo=", "stage `dpo` has missing_eos drop with engine trl"),
+    "trl-drop-stop": (
+        [drawn("missing_eos: drop, aggregation: token_mean, generation: {stop: [end]}", "grpo")],
+        "--set stages.dpo=",
+        "stage `dpo` has stop [end] with missing_eos drop with engine trl",
+    ),
+    "trl-kl-estimator": (
+        [drawn("kl_estimator: k2", "grpo")],
+        "--set stages.dpo=",
+        "stage `dpo` has kl_estimator k2 with engine trl",
+    ),
+    "trl-kl-target": ([drawn("kl_target: 3.0")], "--set stages.dpo=", "stage `dpo` has kl_target 3.0 with engine trl"),
+    "trl-ratio": ([drawn("ratio: none")], "--set stages.dpo=", "stage `dpo` has ratio none with engine trl"),
+    "trl-entropy": (
+        [drawn("entropy_weight: 0.1")],
+        "--set stages.dpo=",
+        "stage `dpo` has entropy_weight 0.1 with engine trl",
+    ),
 }
 
 
@@ -178,11 +214,37 @@ def test_a_combination_is_refused_with_its_place_values_and_fix(check: Check, ru
         [*ALONE, "stages.sft.train.validation={every_steps: 5}"],
         [*PEER, "stages.dpo.loss=robust", "stages.dpo.label_smoothing=0.1"],
         [*PEER, "stages.dpo.reduction=token_mean"],
+        [drawn("normalise_advantages: true, missing_eos: subtract, epochs_per_rollout: 2")],
+        [drawn("score_clip: 2.0")],
+        [drawn("score_clip: 2.0, missing_eos: keep")],
+        [drawn("beta: 0.0")],
+        [drawn("beta: 0.0"), "stages.dpo.reference=null"],
+        [drawn("missing_eos: drop, aggregation: token_mean, entropy_weight: 0.1, kl_ratio: true", "grpo")],
+        [drawn("scale: none, aggregation: constant, clip_high: 0.3, generation: {top_k: 5, stop: [end]}", "grpo")],
     ],
     ids=" ".join,
 )
 def test_neighbours_of_the_rules_pass(check: Check, overrides: list[str]) -> None:
     check_rules(check(RECIPE, *overrides))
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind"),
+    [
+        ("score_clip: 2.0", "grpo"),
+        ("score_clip: 2.0, missing_eos: keep", "grpo"),
+        ("score_clip: 0.5", "rloo"),  # what a missing end costs, -1, would be cut
+    ],
+)
+def test_a_clip_that_trl_would_apply_otherwise_is_refused(check: Check, settings: str, kind: str) -> None:
+    with pytest.raises(RecipeError, match="TRL's GRPO clips no rewards, and its RLOO"):
+        check_rules(check(RECIPE, drawn(settings, kind)))
+
+
+@pytest.mark.parametrize("aggregation", ["sequence_mean", "constant"])
+def test_completions_that_trl_would_count_all_the_same_are_refused(check: Check, aggregation: str) -> None:
+    with pytest.raises(RecipeError, match="counts those that it leaves out"):
+        check_rules(check(RECIPE, drawn(f"missing_eos: drop, aggregation: {aggregation}", "grpo")))
 
 
 @pytest.mark.parametrize("architecture", ["hidden_size: 100, heads: 4, kv_heads: 3", "hidden_size: 20, heads: 4"])

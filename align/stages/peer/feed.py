@@ -14,7 +14,7 @@ from torch.utils.data import Sampler
 
 from align.data.chat import Example
 from align.errors import DataError
-from align.training.schedule import Schedule
+from align.training.schedule import RolloutSchedule, Schedule
 from align.types import Batch
 
 ROWS = {Batch.TOKENS: 1, Batch.PAIRED: 2, Batch.UNPAIRED: 1, Batch.RANKED: 2}
@@ -39,6 +39,30 @@ class EpochOrder(Sampler[int]):
         first = self.epoch * self.schedule.steps_per_epoch
         for step in range(first, first + self.schedule.steps_per_epoch):
             yield from self.schedule.indices(step)
+
+
+class RolloutOrder(Sampler[int]):
+    """The prompts of every rollout in the order of align's schedule, each as often as it is completed.
+
+    TRL wants all of a rollout before every forward pass.
+
+    Args:
+        schedule: Which prompts a rollout asks.
+        completions: Per prompt.
+        passes: Forward passes of an optimizer step.
+    """
+
+    def __init__(self, schedule: RolloutSchedule, completions: int, passes: int) -> None:
+        self.schedule, self.completions, self.passes = schedule, completions, passes
+
+    def __len__(self) -> int:
+        return self.schedule.total_steps * self.passes * self.schedule.size * self.completions
+
+    def __iter__(self) -> Iterator[int]:
+        for step in range(self.schedule.total_steps):
+            asked = self.schedule.asked(self.schedule.rollout(step))
+            for _ in range(self.passes):
+                yield from (i for i in asked for _ in range(self.completions))
 
 
 class Feed:
@@ -97,8 +121,12 @@ def micro_batch(kind: Batch, examples: Sequence[Example], batch: int, pack_token
     if kind is Batch.UNPAIRED:
         return batch
     longest = max(len(e.prompt_ids) + max(len(c.ids) for c in e.completions) for e in examples)
-    fits = [n for n in range(1, batch + 1) if batch % n == 0 and n * ROWS[kind] * longest <= pack_tokens]
-    return max(fits, default=1)
+    return largest_divisor(batch, ROWS[kind] * longest, pack_tokens)
+
+
+def largest_divisor(batch: int, tokens: int, pack_tokens: int) -> int:
+    """The largest divisor of `batch` of which so many examples of so many `tokens` fit into `pack_tokens`, or 1."""
+    return max((n for n in range(1, batch + 1) if batch % n == 0 and n * tokens <= pack_tokens), default=1)
 
 
 def refuse(kind: Batch, examples: Sequence[Example]) -> None:
@@ -130,11 +158,11 @@ def padding_id(kind: Batch, examples: Sequence[Example], pad_token_id: int, voca
     return next(token for token in (pad_token_id, *range(vocabulary)) if token not in last)
 
 
-def numbers(first: int, count: int) -> Any:
+def numbers(first: int, count: int, column: str = "number") -> Any:
     """A `datasets.Dataset` of the numbers of `count` examples."""
     from datasets import Dataset
 
-    return Dataset.from_dict({"number": list(range(first, first + count))})
+    return Dataset.from_dict({column: list(range(first, first + count))})
 
 
 def _padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,15 @@ from align.methods import get_method
 from align.methods.reward import Reward
 from align.recipe.packing import TRL
 from align.spec.job import Job
+from align.spec.online import RolloutStage
 from align.spec.stages import PolicyStage
 from align.stages import start
 from align.stages.finish import publish_policy
 from align.stages.peer.feed import refuse
+from align.stages.peer.online import make_rollout_trainer, make_rollouts
 from align.stages.peer.policy import PeerPolicy
-from align.stages.peer.trainer import Watch, import_trl, make_trainer
+from align.stages.peer.trainer import import_trl, make_trainer
+from align.stages.peer.watch import Watch
 from align.stages.reward import Finished, draw_samples, judge
 from align.training.metrics import MetricsFile
 from align.training.schedule import Schedule
@@ -63,16 +67,15 @@ def train_with_trl(
     samples = draw_samples(job, settings, store, examples[0], tokenizer, report) if isinstance(settings, Reward) else ()
     metrics = MetricsFile(Path(job.work) / "metrics.jsonl")
     metrics.forget_after(0)
-    schedule = Schedule.of(settings.train, len(examples[0]))
     policy = PeerPolicy(job, settings, begin)
-    watch = Watch(metrics, report, examples[0], schedule)
+    watch, make = _prepared(job, settings, policy, store, tokenizer, examples, metrics, report)
     try:
-        trainer = make_trainer(job, settings, policy, store, tokenizer, examples, watch)
+        trainer = make()
         trainer.train()
     finally:
         watch.signals.close()
-    steps = trainer.state.global_step
-    if steps < schedule.total_steps and watch.signals.received is not None:
+    steps, total = trainer.state.global_step, trainer.state.max_steps
+    if steps < total and watch.signals.received is not None:
         raise TrainingError(
             f"stopped by a signal after step {steps}; engine: trl keeps no checkpoints",
             fix="run the same command again: the stage starts from its beginning",
@@ -81,7 +84,7 @@ def train_with_trl(
     judgement = None
     if isinstance(settings, Reward):
         step = Step(get_method(job.kind), settings, settings.train.pack_tokens)
-        finished = Finished(roles, roles, step, schedule.total_steps, *examples, state)
+        finished = Finished(roles, roles, step, total, *examples, state)
         judgement = judge(finished, settings, samples, report)
     assert job.model is not None
     origin = begin if policy.initial else start.itself(job)
@@ -100,3 +103,24 @@ def train_with_trl(
         judgement=judgement,
         seconds=time.monotonic() - began,
     )
+
+
+def _prepared(
+    job: Job,
+    settings: PolicyStage,
+    policy: PeerPolicy,
+    store: Store,
+    tokenizer: Any,
+    examples: tuple[Sequence[Example], Sequence[Example]],
+    metrics: MetricsFile,
+    report: Any,
+) -> tuple[Watch, Callable[[], Any]]:
+    """What watches the trainer, and what makes it."""
+    if isinstance(settings, RolloutStage):
+        drawn = make_rollouts(job, settings, policy, store, tokenizer, metrics, report)
+        watch = Watch(metrics, report, drawn.rows, drawn.names)
+        return watch, partial(make_rollout_trainer, job, settings, policy, store, drawn, watch)
+    trained = examples[0]
+    schedule = Schedule.of(settings.train, len(trained))
+    watch = Watch(metrics, report, lambda step: [trained[i].row for i in schedule.indices(step)])
+    return watch, partial(make_trainer, job, settings, policy, store, tokenizer, examples, watch)

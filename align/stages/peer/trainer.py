@@ -6,19 +6,16 @@ Every setting of TRL that could change a number is written down here; its defaul
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from align.artifacts.store import Store
 from align.data.chat import Example
-from align.errors import LaunchError, TrainingError
+from align.errors import LaunchError
 from align.methods import get_method
 from align.methods.dpo import DPO
 from align.methods.kto import KTO
@@ -29,21 +26,9 @@ from align.spec.job import Job
 from align.spec.stages import PolicyStage
 from align.stages.peer.feed import EpochOrder, Feed, micro_batch, numbers, padding_id
 from align.stages.peer.policy import PeerPolicy
+from align.stages.peer.watch import Watch, watched
 from align.training.arguments import training_arguments
-from align.training.guards import FiniteGradients, StopRequest
-from align.training.metrics import MetricsFile
 from align.training.schedule import Schedule
-
-NAMES = {
-    "rewards/accuracies": "rewards/accuracy",
-    "rewards/margins": "rewards/margin",
-    "accuracy": "rewards/accuracy",
-    "margin": "rewards/margin",
-    "min_reward": "rewards/min",
-    "mean_reward": "rewards/mean",
-    "max_reward": "rewards/max",
-}
-"""What TRL calls it -> what align calls it; everything else keeps TRL's name."""
 
 DPO_LOSSES = {
     ("sigmoid", "sum"): "sigmoid",
@@ -72,14 +57,19 @@ def import_trl() -> Any:
 def classes(kind: str) -> tuple[Any, Any]:
     """TRL's trainer and its config class for a kind of stage."""
     trl = import_trl()
-    name = {"sft": "SFT", "dpo": "DPO", "kto": "KTO", "reward": "Reward"}[kind]
+    name = "Reward" if kind == "reward" else kind.upper()
     return getattr(trl, f"{name}Trainer"), getattr(trl, f"{name}Config")
 
 
 def own_arguments(settings: PolicyStage) -> dict[str, Any]:
     """The arguments that only the trainer of this kind has."""
+    read = {
+        "train_sampling_strategy": "sequential",  # of `EpochOrder`
+        "activation_offloading": False,
+        "max_length": None,
+    }
     if isinstance(settings, SFT):
-        return {
+        return read | {
             "loss_type": "nll",
             "packing": False,
             "padding_free": False,
@@ -89,8 +79,8 @@ def own_arguments(settings: PolicyStage) -> dict[str, Any]:
             "dataset_kwargs": {"skip_prepare_dataset": True},
         }
     if isinstance(settings, Reward):
-        return {"disable_dropout": False, "center_rewards_coefficient": settings.centring or None}
-    shared = {"disable_dropout": False, "precompute_ref_log_probs": False, "sync_ref_model": False}
+        return read | {"disable_dropout": False, "center_rewards_coefficient": settings.centring or None}
+    shared = read | {"disable_dropout": False, "precompute_ref_log_probs": False, "sync_ref_model": False}
     if isinstance(settings, DPO):
         return shared | {
             "loss_type": [DPO_LOSSES[settings.loss, settings.reduction]],
@@ -111,82 +101,43 @@ def own_arguments(settings: PolicyStage) -> dict[str, Any]:
     }
 
 
-def arguments(job: Job, settings: PolicyStage, schedule: Schedule, micro: int) -> Any:
-    """TRL's config: align's own arguments, and what only TRL has."""
+def arguments(job: Job, settings: PolicyStage, total_steps: int, *, micro: int, passes: int, **own: Any) -> Any:
+    """TRL's config.
+
+    Args:
+        job: The stage.
+        settings: Its settings, parsed.
+        total_steps: Optimizer steps of the whole run.
+        micro: Examples of one forward pass.
+        passes: Forward passes of an optimizer step.
+        own: What the trainer of this kind has beside what every trainer has.
+    """
     assert job.model is not None
-    full = job.model.adapter == "none"
     return training_arguments(
         settings.train,
         work=Path(job.work),
-        total_steps=schedule.total_steps,
+        total_steps=total_steps,
         launch=job.launch,
         logging=job.logging,
-        # An adapter on a bf16 base computes as align's does: itself in fp32, the base in the base's dtype.
-        bf16=full and compute_dtype(job.model.dtype) is torch.bfloat16,
+        bf16=autocasts(job),
         use_cpu=device().type == "cpu",
         deepspeed=None,
         run_name=f"{job.recipe}/{job.stage}",
         config=classes(job.kind)[1],
         per_device_train_batch_size=micro,
         per_device_eval_batch_size=micro,
-        gradient_accumulation_steps=settings.train.global_batch_size // micro,
-        train_sampling_strategy="sequential",  # of `EpochOrder`
+        gradient_accumulation_steps=passes,
         gradient_checkpointing=job.model.gradient_checkpointing or None,  # False is told to be an old name
         gradient_checkpointing_kwargs={"use_reentrant": False} if job.model.gradient_checkpointing else None,
-        activation_offloading=False,
-        max_length=None,
         save_strategy="no",
-        **own_arguments(settings),
+        **own,
     )
 
 
-class Watch(TrainerCallback):
-    """Metrics under align's names, progress, signals, and numbers that are not finite.
-
-    Args:
-        metrics: Where metrics are written.
-        report: The worker's reporter.
-        examples: What is trained on, to name rows.
-        schedule: In which order.
-    """
-
-    def __init__(self, metrics: MetricsFile, report: Any, examples: Sequence[Example], schedule: Schedule) -> None:
-        self.metrics, self.report, self.examples, self.schedule = metrics, report, examples, schedule
-        self.signals = StopRequest()
-        self.gradients: FiniteGradients | None = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        self.gradients = FiniteGradients(p for p in model.parameters() if p.requires_grad)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        logs = logs or {}
-        if "train_runtime" in logs:
-            return
-        if "loss" in logs:
-            self.report(state.global_step, state.max_steps, f"loss {logs['loss']:.4f}")
-        self.metrics.append({"step": state.global_step, **{_named(name): value for name, value in logs.items()}})
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.gradients is not None and self.gradients.pop():
-            self.refuse("gradient", state.global_step)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.signals.received is not None:
-            control.should_training_stop = True
-
-    def refuse(self, what: str, step: int) -> None:
-        """Stop before the optimizer step, and say with which rows."""
-        rows = [self.examples[i].row for i in self.schedule.indices(step)]
-        raise TrainingError(
-            f"the {what} of step {step + 1} is not finite under engine: trl. Rows of the data in this batch: {rows}",
-            fix="lower learning_rate, look at these rows with `align data preview`, or use a wider dtype",
-        )
-
-
-def _named(name: str) -> str:
-    prefix = "eval_" if name.startswith("eval_") else ""
-    own = name.removeprefix(prefix)
-    return prefix + NAMES.get(own, own)
+def autocasts(job: Job) -> bool:
+    """Whether fp32 weights compute in bf16; an adapter computes in fp32, and its base in the base's dtype."""
+    assert job.model is not None
+    return job.model.adapter == "none" and compute_dtype(job.model.dtype) is torch.bfloat16
 
 
 def make_trainer(
@@ -210,13 +161,15 @@ def make_trainer(
         watch: The callback.
     """
     (trained, held_out), kind = examples, get_method(job.kind).batch
-    micro = micro_batch(kind, trained, settings.train.global_batch_size, settings.train.pack_tokens)
+    batch, schedule = settings.train.global_batch_size, Schedule.of(settings.train, len(trained))
+    micro = micro_batch(kind, trained, batch, settings.train.pack_tokens)
     reference, tokenizer = policy.reference_model(store), copy.deepcopy(tokenizer)
     pad = padding_id(kind, [*trained, *held_out], tokenizer.pad_token_id, len(tokenizer))
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
-    trainer = _peer(classes(job.kind)[0], watch)(
+    own = own_arguments(settings)
+    trainer = _peer(classes(job.kind)[0], watch, schedule)(
         model=policy.model,
-        args=arguments(job, settings, watch.schedule, micro),
+        args=arguments(job, settings, schedule.total_steps, micro=micro, passes=batch // micro, **own),
         data_collator=Feed(kind, [*trained, *held_out], pad, getattr(settings, "margin", "none")),
         train_dataset=numbers(0, len(trained)),
         eval_dataset=numbers(len(trained), len(held_out)) if held_out else None,
@@ -225,23 +178,25 @@ def make_trainer(
         **({} if reference is None else {"ref_model": reference}),
     )
     policy.settle(store)
+    return silent(trainer)
+
+
+def silent(trainer: Any) -> Any:
+    """The trainer without its own progress."""
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     return trainer
 
 
-def _peer(parent: Any, watch: Watch) -> Any:
-    """A trainer of TRL that takes its batches as they come and stops at a bad loss."""
+def _peer(parent: Any, watch: Watch, schedule: Schedule) -> Any:
+    """A trainer of TRL that takes its batches as they come."""
 
-    class Peer(parent):
+    class Peer(watched(parent, watch)):  # type: ignore[misc]
         def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
             return dataset
 
         def _get_train_sampler(self, *_: Any, **__: Any) -> EpochOrder:
-            return EpochOrder(watch.schedule)
-
-        def _send_telemetry(self) -> None:
-            """Nothing is sent anywhere."""
+            return EpochOrder(schedule)
 
         def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
             samples, items = super().get_batch_samples(*args, **kwargs)
@@ -256,11 +211,5 @@ def _peer(parent: Any, watch: Watch) -> Any:
             # size, whose rows would count differently; elsewhere this is a factor of 1.
             share = len(inputs["input_ids"]) * self.current_gradient_accumulation_steps / self.step_rows
             return result * share
-
-        def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-            loss: Tensor = super().training_step(*args, **kwargs)
-            if not math.isfinite(float(loss)):
-                watch.refuse("loss", self.state.global_step)
-            return loss
 
     return Peer
