@@ -45,7 +45,8 @@ def tokens_table(counts: Mapping[str, Mapping[str, Any]]) -> Table:
             continue
         report = count["report"]
         left_out = sum(report["quarantined"].values()) + sum(report["dropped"].values())
-        lengths = (report["tokens"]["total"][key] for key in ("p50", "p90", "max"))
+        whole = report["tokens"].get("total") or report["tokens"]["prompt"]  # of prompts alone, those of the prompts
+        lengths = (whole[key] for key in ("p50", "p90", "max"))
         table.add_row(
             stage, count["data"], *(f"{n:,}" for n in (report["examples"], report["truncated"], left_out, *lengths))
         )

@@ -32,11 +32,13 @@ from align.models.tokenizer import load_tokenizer
 from align.recipe.made import records_file
 from align.recipe.schema import stage_kinds
 from align.spec.job import Job
+from align.spec.online import RolloutStage
 from align.spec.sample import SampleStage
 from align.spec.score import ScoreStage
 from align.spec.select import SelectStage
 from align.spec.stages import CompareStage, TrainedStage
 from align.stages import start
+from align.types import Batch
 
 ANY_LENGTH = 10**9
 """For prompts that are only answered: how long they may be is known once their models are."""
@@ -110,8 +112,10 @@ class Reader:
         """How a stage that trains wants its data."""
         assert isinstance(self.settings, TrainedStage)
         pretrain = isinstance(self.settings, Pretrain)
+        # A stage on rollouts is trained on its own completions, and on texts that it may mix in.
+        batch = Batch.TOKENS if isinstance(self.settings, RolloutStage) else get_method(self.job.kind).batch
         return {
-            "batch": get_method(self.job.kind).batch,
+            "batch": batch,
             "tokenizer": self.tokenizer,
             "max_tokens": self.settings.train.max_tokens,
             "loss_on": "all" if pretrain else getattr(self.settings, "loss_on", "completion"),
@@ -122,6 +126,10 @@ class Reader:
     def report(self, name: str) -> DataReport:
         """What becomes of the rows of an entry."""
         source = self.job.data[name]
+        if isinstance(self.settings, RolloutStage) and name == self.settings.prompts:
+            from align.stages.online import read_prompts  # it imports what trains, which nothing else here does
+
+            return read_prompts(self.job, self.settings, self.tokenizer, None, None)[1]
         if isinstance(self.settings, TrainedStage):
             return load_examples(source, **self._training)[1]
         if isinstance(self.settings, ScoreStage | SelectStage):
@@ -135,7 +143,8 @@ class Reader:
         Raises:
             RecipeError: The stage trains nothing.
         """
-        if not isinstance(self.settings, TrainedStage):
+        asked = isinstance(self.settings, RolloutStage) and name == self.settings.prompts
+        if asked or not isinstance(self.settings, TrainedStage):
             raise RecipeError(
                 "nothing is trained on these records",
                 where=f"stage {self.job.stage}: data {name}",
@@ -147,7 +156,8 @@ class Reader:
 def count(job: Job) -> dict[str, Any]:
     """What a training stage makes of its data."""
     reader = Reader(job)
-    name: str = reader.settings.data  # type: ignore[attr-defined]
+    settings = reader.settings
+    name: str = settings.prompts if isinstance(settings, RolloutStage) else settings.data  # type: ignore[attr-defined]
     if (after := reader.known_after(name)) is not None:
         return {"data": name, "known_after": after}
     return {"data": name, "report": reader.report(name).model_dump(mode="json")}

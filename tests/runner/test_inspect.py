@@ -159,3 +159,60 @@ def test_names_that_are_none(place: Path, arguments: dict[str, str], words: str)
 def test_rows_has_to_be_positive() -> None:
     done = CliRunner().invoke(app, ["data", "preview", "demo.yaml", "rows", "--rows", "0"])
     assert done.exit_code == 2
+
+
+MADE = """
+  rm: {kind: reward, policy: base, data: pairs, train: {max_tokens: 128}}
+  drawn: {kind: sample, policies: [base], prompts: heldout, generation: {max_new_tokens: 8}}
+  scored: {kind: score, samples: drawn, scorers: [film-reviews]}
+  chosen: {kind: select, candidates: scored, how: best_of_n, include: corpus}
+  more: {kind: sft, data: chosen, train: {max_tokens: 128}}
+  ppo:
+    {kind: ppo, policy: base, reference: base, reward: rm, prompts: heldout, ptx: corpus, train: {max_tokens: 128},
+     generation: {max_new_tokens: 8}}
+"""
+
+
+@pytest.fixture
+def making(place: Path) -> Path:
+    """The same with stages that make records, and one that learns from its own."""
+    (place / "making.yaml").write_text(RECIPE + MADE)
+    return place / "making.yaml"
+
+
+def test_records_that_are_still_to_be_made(making: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    graph = build_graph(load_recipe(making), making.parent / "home")
+    for view, stage in (("preview", "more"), ("mask", "more"), ("check", "more")):
+        with job_files(graph, [stage_reading(graph, "chosen", stage)], making.parent / "home") as paths:
+            assert inspect.main([view, *paths, "--data", "chosen"]) == 4
+        told = capsys.readouterr().err
+        assert "stage more: data chosen: the records are made by stage `chosen`, which has not run yet" in told
+        assert "fix: align run RECIPE --until chosen" in told
+    with job_files(graph, [stage_reading(graph, "corpus", "chosen")], making.parent / "home") as paths:
+        assert inspect.main(["check", *paths, "--data", "corpus"]) == 0
+    assert "`scored`" not in capsys.readouterr().out, "what is not there shares no prompts"
+
+
+def test_a_count_tells_which_stage_it_waits_for(making: Path) -> None:
+    counts = count_tokens(build_graph(load_recipe(making), making.parent / "home"), making.parent / "home")
+    assert counts["more"] == {"data": "chosen", "known_after": "chosen"}
+    assert counts["ppo"]["report"]["examples"] == 4
+    console = Console(width=100)
+    with console.capture() as text:
+        console.print(tokens_table(counts))
+    lines = {line.split()[0]: line.split() for line in text.get().splitlines() if line.split()}
+    assert lines["more"][:5] == ["more", "chosen", "known", "after", "chosen"]
+    assert lines["ppo"][1:5] == ["heldout", "4", "0", "0"]
+
+
+def test_what_a_stage_on_rollouts_reads(making: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    graph = build_graph(load_recipe(making), making.parent / "home")
+    for view, data, code in (
+        ("check", "heldout", 0),
+        ("mask", "heldout", 2),
+        ("check", "corpus", 0),
+        ("mask", "corpus", 0),
+    ):
+        with job_files(graph, [stage_reading(graph, data, "ppo")], making.parent / "home") as paths:
+            assert inspect.main([view, *paths, "--data", data, "--rows", "1"]) == code, (view, data)
+    assert "nothing is trained on these records" in capsys.readouterr().err
