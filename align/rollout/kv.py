@@ -206,10 +206,10 @@ def attention(
         [n, tokens, heads, D], and no attention weights.
     """
     unknown = [name for name in UNKNOWN if kwargs.get(name) is not None]
-    if rollout is None or unknown:
-        raise ValueError(
-            f"attention with {', '.join(unknown)}" if unknown else "attention that is not told of its cache"
-        )
+    if unknown:
+        raise ValueError(f"its attention has {', '.join(unknown)}")
+    if rollout is None:
+        raise ValueError("its attention is not told of the cache")
     if rollout.at is not None:
         return rollout.attend(module.layer_idx, query, scaling).to(query.dtype), None
     dtype = computed_in(query.device, query.dtype)
