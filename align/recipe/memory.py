@@ -1,10 +1,12 @@
 """An estimate of the memory of one rank, part by part.
 
 Weights, gradients and optimizer states are counted; activations are a fit; what the allocator and the libraries take on
-top is left out.
+top is left out. `python -m bench.rlhf_memory` measures beside it.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 from align.recipe.sizes import ModelSize
 from align.spec.model import LoraSettings, ModelSettings
@@ -18,10 +20,17 @@ MASTER_BYTES = 4
 """Trained weights are updated in fp32."""
 ADAM_BYTES = 8
 """Two fp32 moments per trained parameter."""
-TILE_ELEMENTS = 2**22
+TILE_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
 """Logits that exist at once; see `align/logps/head.py`."""
-TILE_COPIES = 3
-"""Their compute-dtype and fp32 values and their gradient."""
+Entropy = Literal["none", "metric", "bonus"]
+TILE_COPIES: dict[Entropy, int] = {"none": 3, "metric": 5, "bonus": 8}
+"""How often they exist, in fp32: with their gradient, and with what their entropy and its gradient are made from."""
+SAMPLED_COPIES = {"all": 4, "likeliest": 8}
+"""The same of the logits that tokens are drawn from: of all tokens, or of the likeliest ones after sorting."""
+PREFILL_TOKENS = 8192
+"""Tokens of prompts that are computed in one pass; see `align/rollout/loop.py`."""
+WORKING = 4
+"""Hidden and intermediate states of a token that one layer works on at once, beside what is kept: a fit."""
 LIVE_PARAMETERS = 10**9
 """ZeRO-3 keeps at most so many gathered parameters (`stage3_max_live_parameters`, the default)."""
 
@@ -43,8 +52,10 @@ def training_memory(
     frozen_adapters: int = 0,
     critic: bool = False,
     scores: bool = False,
+    entropy: Entropy = "none",
+    device: Literal["cpu", "cuda"] = "cpu",
 ) -> Parts:
-    """Bytes of one rank of a training stage, at its peak.
+    """Bytes of one rank of a training stage, at the peak of an optimizer step.
 
     Args:
         size: The model.
@@ -53,8 +64,10 @@ def training_memory(
         pack_tokens: Tokens of one forward pass.
         compute_bytes: Bytes of a number in the compute dtype.
         frozen_adapters: Adapters beside the trained one: the reference's.
-        critic: Whether a second adapter is trained beside it, with a scalar head.
+        critic: Whether a second adapter is trained beside it, with a scalar head, in the same pass.
         scores: Whether a scalar head is trained instead of log-probabilities being taken: there are no logits then.
+        entropy: Whether that of the policy is taken too, and with a gradient.
+        device: Where the stage runs.
     """
     zero, ranks = 0 if launch.deepspeed == "none" else int(launch.deepspeed[-1]), launch.processes
 
@@ -70,6 +83,10 @@ def training_memory(
     buckets = 2 if ranks > 1 and not zero else 1  # DDP reduces a copy of the gradients
     base = size.frozen_bytes(model.quantization, compute_bytes) if lora else 0
     whole = base or trained * weight
+    kept = _activations(size, model, pack_tokens, compute_bytes)
+    tiles = 0 if scores else TILE_COPIES[entropy] * 4 * min(pack_tokens * size.vocabulary, TILE_ELEMENTS[device])
+    tiles -= kept if critic else 0  # the critic's activations are not there yet while the policy's logits are
+    working = _working(size, pack_tokens, compute_bytes)
     parts = {
         "base": base // shared_from(3),
         "trained weights": trained * weight // shared_from(3),
@@ -78,8 +95,8 @@ def training_memory(
         "optimizer": trained * (ADAM_BYTES + master) // shared_from(1),
         "autocast": trained * compute_bytes if lora is None and weight > compute_bytes else 0,
         "gathered": min(whole, whole * LIVE_PARAMETERS // size.parameters) if shared_from(3) > 1 else 0,
-        "activations": _activations(size, model, pack_tokens, compute_bytes) * (2 if critic else 1),
-        "head": 0 if scores else TILE_COPIES * 4 * min(pack_tokens * size.vocabulary, TILE_ELEMENTS),
+        "activations": kept * (2 if critic else 1),
+        "head" if tiles > working else "backward": max(tiles, working),
     }
     return {name: bytes_ for name, bytes_ in parts.items() if bytes_}
 
@@ -93,10 +110,28 @@ def _activations(size: ModelSize, model: ModelSettings, tokens: int, compute_byt
     return tokens * compute_bytes * size.layers * layer
 
 
-def generation_memory(size: ModelSize, settings: GenerationSettings, compute_bytes: int) -> Parts:
-    """Bytes of keys, values and logits while completions are drawn, for prompts as long as their completions."""
-    tokens = settings.batch_size * 2 * settings.max_new_tokens
+def _working(size: ModelSize, tokens: int, compute_bytes: int) -> int:
+    """Bytes that a layer works on, in a pass that keeps nothing and in the backward pass."""
+    return tokens * compute_bytes * WORKING * (size.hidden + size.intermediate)
+
+
+def generation_memory(
+    size: ModelSize, settings: GenerationSettings, compute_bytes: int, *, completions: int | None = None
+) -> Parts:
+    """Bytes of keys, values and what a pass works on while completions are drawn, for prompts as long as they are.
+
+    Args:
+        size: The model.
+        settings: Reads `batch_size`, `max_new_tokens`, and whether the likeliest tokens alone are drawn from.
+        compute_bytes: Bytes of a number in the compute dtype.
+        completions: How many there are in all; enough for `batch_size` if absent.
+    """
+    rows = min(settings.batch_size, completions or settings.batch_size)
+    prompts = rows * settings.max_new_tokens
+    copies = SAMPLED_COPIES["likeliest" if settings.top_p < 1 else "all"]
+    logits = copies * 4 * rows * size.vocabulary
+    prefill = _working(size, min(prompts, max(PREFILL_TOKENS, settings.max_new_tokens)), compute_bytes)
     return {
-        "keys and values": 2 * size.layers * size.keys * compute_bytes * tokens,
-        "logits": settings.batch_size * size.vocabulary * 4,
+        "keys and values": 2 * size.layers * size.keys * compute_bytes * 2 * prompts,
+        "logits" if logits > prefill else "prompts": max(logits, prefill),
     }

@@ -21,12 +21,20 @@ from align.recipe.graph import Graph, Node
 from align.recipe.memory import ADAM_BYTES, MASTER_BYTES, Parts, generation_memory, training_memory
 from align.recipe.packing import TRL, PackingChoice, choose, kernel_for
 from align.recipe.reference import ReferenceNode, reference_nodes
-from align.recipe.references import references
 from align.recipe.rows import count_rows
-from align.recipe.seats import has_critic, seats, shares_base
+from align.recipe.seats import (
+    UPDATING,
+    at_its_peak,
+    drawing_memory,
+    entropy_of,
+    frozen_adapters,
+    has_critic,
+    largest_example,
+    seats,
+    shares_base,
+)
 from align.recipe.sizes import ModelSize, cached_folder, config_of_folder, size_of_architecture, size_of_folder
 from align.recipe.sources import base_folder
-from align.spec.base import StageRef
 from align.spec.data import records_of
 from align.spec.model import LoraSettings, ModelSettings
 from align.spec.online import RolloutStage
@@ -145,7 +153,7 @@ def _auto_bytes() -> int:
 class _Planner:
     """Sizes and estimates of the stages of one graph."""
 
-    def __init__(self, graph: Graph, auto_bytes: int, device: str) -> None:
+    def __init__(self, graph: Graph, auto_bytes: int, device: Literal["cpu", "cuda"]) -> None:
         self.graph, self.auto_bytes, self.device = graph, auto_bytes, device
         self.sizes: dict[str, ModelSize | None] = {}
         self.unmade = set[str]()
@@ -236,30 +244,40 @@ class _Planner:
         return math.ceil((train.epochs or 1.0) * math.ceil(examples / train.global_batch_size))
 
     def training(self, node: Node, stage: TrainedStage) -> Parts:
-        size, model = self.size(node), self.model(node)
+        size = self.size(node)
         if size is None:
             return {}
-        train, completions = stage.train, COMPLETIONS.get(get_method(stage.kind).batch, 1)  # type: ignore[attr-defined]
+        parts = self.update(node, stage, size)
         if isinstance(stage, RolloutStage):
-            completions = stage.completions
-        elif all(records_of(source) == "pair" for source in node.data.values()):
+            parts = at_its_peak(parts, drawing_memory(node, size, self.bytes_of(self.model(node))))
+        own = self.own_reward(node)
+        return parts | {"the reward model's own base": own} if own else parts
+
+    def update(self, node: Node, stage: TrainedStage, size: ModelSize) -> Parts:
+        """An optimizer step of a stage."""
+        model, train = self.model(node), stage.train
+        completions = COMPLETIONS.get(get_method(stage.kind).batch, 1)  # type: ignore[attr-defined]
+        if all(records_of(source) == "pair" for source in node.data.values()):
             completions = COMPLETIONS[Batch.PAIRED]  # a list of two, for a method on lists
         example = completions * train.max_tokens
+        if isinstance(stage, RolloutStage):
+            packing = self.packing(node, stage)
+            example = largest_example(stage, shared=packing is not None and packing.packing == "shared")
         share = math.ceil(train.global_batch_size / node.launch.processes) * example
         critic = isinstance(stage, RolloutStage) and has_critic(stage)
         budget = train.pack_tokens // 2 if critic else train.pack_tokens
-        parts = training_memory(
+        return training_memory(
             size,
             model,
             node.launch,
             pack_tokens=min(max(budget, example), share),
             compute_bytes=self.bytes_of(model),
-            frozen_adapters=self.frozen_adapters(node),
+            frozen_adapters=frozen_adapters(node, self.graph),
             critic=critic,
             scores=stage.produces == "reward",
+            entropy=entropy_of(stage) if isinstance(stage, RolloutStage) else "none",
+            device=self.device,
         )
-        own = self.own_reward(node)
-        return parts | {"the reward model's own base": own} if own else parts
 
     def own_reward(self, node: Node) -> int:
         """Bytes of a reward model that does not share the base of the stage that asks it."""
@@ -284,16 +302,6 @@ class _Planner:
         kernel = kernel_for(self.device, half=self.bytes_of(model) == 2)
         choice = choose(config, dropout=dropout, wanted=stage.train.packing, kernel=kernel)
         return choice.of_batch(get_method(stage.kind).batch)  # type: ignore[attr-defined]
-
-    def frozen_adapters(self, node: Node) -> int:
-        """Adapters of other stages that stand beside the trained one."""
-        if node.model is None or not isinstance(node.model.adapter, LoraSettings):
-            return 0
-        named = {
-            each.name for each in references(node.stage) if isinstance(each.mark, StageRef) and each.loc != ("policy",)
-        }
-        others = (self.graph.nodes[name] for name in named)
-        return sum(1 for each in others if each.model is not None and isinstance(each.model.adapter, LoraSettings))
 
     def using(self, stage: Stage) -> Parts:
         """Every distinct base once, every adapter, and what generation takes on the largest."""
@@ -375,7 +383,7 @@ class _Planner:
         return self.graph.nodes[stage].fingerprint if stage in self.graph.nodes else None
 
     def seats(self, node: Node) -> str:
-        """What every role takes beside the one base."""
+        """What every role takes beside the one base, and every phase beside the roles."""
         size = self.size(node)
         if not isinstance(node.stage, RolloutStage) or size is None:
             return ""
@@ -384,6 +392,11 @@ class _Planner:
         base = size.frozen_bytes(model.quantization, self.bytes_of(model)) if lora else 0
         found = seats(node, self.graph, size, own_reward=self.own_reward(node))
         told = [f"{each.role} {size_text(each.bytes)}{', a second copy' if each.own_base else ''}" for each in found]
+        phases = {
+            "an update": [b for name, b in self.update(node, node.stage, size).items() if name in UPDATING],
+            "drawing": drawing_memory(node, size, self.bytes_of(model)).values(),
+        }
+        told += [f"{phase} {size_text(sum(parts))}" for phase, parts in phases.items()]
         return (f"one base of {size_text(base)}: " if lora else "") + "; ".join(told)
 
     def merging(self, node: Node) -> str:

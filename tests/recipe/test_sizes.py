@@ -255,8 +255,41 @@ def test_a_layer_more_keeps_what_is_estimated(dtype: torch.dtype, kind: str, che
     assert many_estimated - few_estimated == pytest.approx(many - few, rel=0.1)
 
 
-def test_the_head_tile_is_that_of_the_log_prob_engine() -> None:
-    from align.logps.head import TILE_ELEMENTS
+def test_tiles_and_passes_are_those_of_the_engines() -> None:
+    from align.logps.head import TILE_ELEMENTS, TILE_ELEMENTS_CUDA
     from align.recipe import memory
+    from align.rollout.loop import PREFILL_TOKENS
 
-    assert memory.TILE_ELEMENTS == TILE_ELEMENTS
+    assert memory.TILE_ELEMENTS == {"cpu": TILE_ELEMENTS, "cuda": TILE_ELEMENTS_CUDA}
+    assert memory.PREFILL_TOKENS == PREFILL_TOKENS
+
+
+@pytest.mark.parametrize("entropy", ["none", "metric", "bonus"])
+def test_logits_exist_as_often_as_is_estimated(entropy: str) -> None:
+    from align.logps import head
+    from align.recipe.memory import TILE_COPIES
+    from bench.memory import peak_bytes
+
+    tile, vocabulary, hidden = 64, 4096, 16
+    weight, states = torch.randn(vocabulary, hidden), torch.randn(4 * tile, hidden, requires_grad=True)
+    reading = head._Reading(0.7, entropy)
+
+    def run() -> None:
+        head._FrozenHead.apply(states, torch.zeros(4 * tile, dtype=torch.long), weight, None, tile, reading)
+
+    copies = peak_bytes(run, torch.device("cpu")) / (4 * tile * vocabulary)
+    assert copies == pytest.approx(TILE_COPIES[entropy], rel=0.06)
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.7}, {"top_p": 0.9}])
+def test_sampled_logits_exist_as_often_as_is_estimated(settings: dict[str, float]) -> None:
+    from align.recipe.memory import SAMPLED_COPIES
+    from align.rollout.sampling import Sampler
+    from align.spec.stages import GenerationSettings
+    from bench.memory import peak_bytes
+
+    logits, draws = torch.randn(16, 8192), torch.rand(16, dtype=torch.float64)
+    sampler = Sampler(GenerationSettings(**settings))
+    copies = peak_bytes(lambda: sampler(logits, draws), torch.device("cpu")) / logits.nbytes
+    expected = SAMPLED_COPIES["likeliest" if "top_p" in settings else "all"]
+    assert expected - 1.1 < copies < expected + 0.1, "without a temperature there is one less"
