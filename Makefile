@@ -15,7 +15,7 @@ TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help quickstart quickstart-seeds quickstart-methods quickstart-rlhf bench-preference bench-rollout real test lint format clean
+.PHONY: help quickstart quickstart-seeds quickstart-methods quickstart-rlhf bench-preference bench-rlhf bench-rollout real test lint format clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -37,6 +37,9 @@ bench-preference: $(INSTALLED_DEV) ## preference training beside TRL, and each t
 
 bench-rollout: $(INSTALLED) ## drawing completions beside transformers' generate and generate_batch, on a CPU
 	@$(BIN)/python -m bench.rollout
+
+bench-rlhf: $(INSTALLED_DEV) ## memory of PPO's four roles on one base, beside SFT and beside four bases, on a CPU
+	@$(BIN)/python -m bench.rlhf_memory
 
 real: $(INSTALLED) ## a recipe on a published model (RECIPE=recipes/real/...)
 	@$(BIN)/align run $(RECIPE)

@@ -24,6 +24,7 @@ from align.models.roles import RoleModel
 from align.spec.model import LoraSettings
 from align.spec.train import PACK_TOKENS
 from bench.arithmetic import Sizes, effective_tokens, lengths
+from bench.memory import tensors_of
 
 Kind = Literal["dpo", "reward", "rrhf"]
 BETA = 0.1
@@ -317,5 +318,5 @@ def _weight(name: str, like: Tensor, shape: Shape, g: torch.Generator) -> Tensor
 
 def copy_of(base: PreTrainedModel) -> PreTrainedModel:
     """The same model with modules of its own, for adapters and hooks, and the same tensors."""
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors_of(base)}
     return copy.deepcopy(base, memo)
