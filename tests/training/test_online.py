@@ -225,6 +225,18 @@ def test_texts_are_mixed_in_with_their_weight(base, tmp_path):
     assert sorted(seen) == list(range(10))
 
 
+def test_every_rank_has_its_share_of_the_texts(base, tmp_path, monkeypatch):
+    online = Run(base, tmp_path, "ppo", steps=1, settings={"ptx": "x"}, texts=7).trainer().online
+    whole = online.examples(0, ())
+    monkeypatch.setattr(making.collectives, "world_size", lambda: 2)
+    parts = []
+    for rank in range(2):
+        monkeypatch.setattr(making.collectives, "rank", lambda rank=rank: rank)
+        parts.append(online.examples(0, ()))
+    assert ([len(part) for part in parts], len(whole)) == ([3, 2], 5)
+    assert sorted(e.row for part in parts for e in part) == sorted(e.row for e in whole)
+
+
 def test_one_pack_equals_many_with_texts(base, tmp_path):
     run = Run(base, tmp_path / "1", "ppo", steps=3, settings={"ptx": "x"}, texts=12, pack_tokens=100_000)
     one = fit(0, 1, run)

@@ -15,6 +15,7 @@ from align.methods import get_method
 from align.training import checkpoint as ckpt
 from align.training.buffer import Buffer
 from align.training.online import _merged, _Part, steered
+from align.training.schedule import StepDataset
 from tests.methods.batches import config_of
 from tests.training.test_online import lines
 from tests.training.test_trainer import poison, same
@@ -167,6 +168,19 @@ def test_an_example_has_what_was_found_out_about_its_own_tokens(base, tmp_path):
         assert torch.equal(torch.cat([getattr(e.drawn, name) for e in examples]), expected)
         for e in examples:
             assert len(getattr(e.drawn, name)) == sum(len(c.ids) for c in e.completions)
+
+
+def test_a_step_learns_from_the_prompts_at_its_places(base, tmp_path):
+    """Of the second rollout, and each from the share of its rank."""
+    trainer = Run(base, tmp_path, "grpo", steps=4).trainer()
+    trainer.fit()
+    online = trainer.online
+    asked = online.schedule.asked(1)
+    for step in (3, 4, 5):
+        places = StepDataset(online.schedule, 1, 2)[step]
+        examples = online.examples(step, places)
+        assert [e.row for e in examples] == [online.prompts[asked[place]].row for place in places]
+        assert [e.prompt_ids for e in examples] == [online.prompts[asked[place]].prompt_ids for place in places]
 
 
 # --- bad numbers ------------------------------------------------------------------------------------------------------
