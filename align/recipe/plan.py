@@ -35,12 +35,12 @@ from align.recipe.seats import (
 )
 from align.recipe.sizes import ModelSize, cached_folder, config_of_folder, size_of_architecture, size_of_folder
 from align.recipe.sources import base_folder
+from align.recipe.uses import models_used, records_note
 from align.spec.data import records_of
 from align.spec.model import LoraSettings, ModelSettings
 from align.spec.online import RolloutStage
 from align.spec.records import RecordsStage
 from align.spec.sample import SampleStage
-from align.spec.score import ScoreStage
 from align.spec.stages import CompareStage, Stage, TrainedStage, engine_of, reference_of
 from align.types import Batch
 
@@ -352,7 +352,7 @@ class _Planner:
                 self.seats(node),
                 self.merging(node),
                 self.positions(node),
-                self.answers(node),
+                records_note(node, self.graph.loaded.folder),
                 self.unknown(node),
             )
             if note
@@ -409,14 +409,6 @@ class _Planner:
             return ""
         return f"max_tokens {train.max_tokens} is more than the {size.positions} positions the model was made for"
 
-    def answers(self, node: Node) -> str:
-        """How many answers are drawn."""
-        if not isinstance(node.stage, SampleStage):
-            return ""
-        rows = count_rows(node.data[node.stage.prompts], self.graph.loaded.folder)
-        prompts = "every prompt" if rows is None else f"≤ {rows} prompts"
-        return f"{node.stage.completions} answers of {', '.join(node.stage.policies)} to {prompts}"
-
     def unknown(self, node: Node) -> str:
         trained = isinstance(node.stage, TrainedStage)
         nodes = [node] if trained else [self.graph.nodes[name] for name in models_used(node.stage)]
@@ -425,15 +417,6 @@ class _Planner:
         if trained and not self.config(node):
             return f"the size and the packing of {named} are known once it is downloaded"
         return f"the size of {named} is known once it is downloaded" if bases else ""
-
-
-def models_used(stage: Stage) -> list[str]:
-    """The stages whose models a stage runs without training one."""
-    if isinstance(stage, CompareStage):
-        return stage.candidates
-    if isinstance(stage, SampleStage):
-        return stage.policies
-    return [stage.reward] if isinstance(stage, ScoreStage) and stage.reward is not None else []
 
 
 def size_text(bytes_: int | None) -> str:

@@ -268,7 +268,8 @@ def test_the_plan_says_after_which_stage_the_steps_are_known(check: Check) -> No
     assert len(memory) == 4, "the larger of what a pass over prompts and what logits take"
     assert rows["draw1"].total_memory == sum(memory.values())
     assert rows["score1"].memory["frozen adapters"] > 0
-    assert rows["pairs1"].total_memory is None
+    assert (rows["pairs1"].total_memory, rows["pairs1"].notes) == (None, ("best_worst of score1",))
+    assert rows["score1"].notes == ("draw1 scored by reward",)
     lines = {words[0]: " ".join(words) for words in shown(plan)}
     assert "dpo run known after pairs1" in lines["dpo1"]
     assert lines["sft@pairs1"].startswith("sft@pairs1 reference run known after pairs1")
