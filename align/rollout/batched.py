@@ -74,11 +74,11 @@ def _complete(causal_lm: Any, request: Request, *_: Any) -> list[list[Sampled]]:
         return []
     settings, ends = request.settings, sorted(request.ends(causal_lm))
     greedy = settings.temperature == 0
+    each = 1 if greedy else request.completions  # pages of a prompt that is there already are shared
     cut = {} if greedy else {"temperature": settings.temperature, "top_k": settings.top_k or 0, "top_p": settings.top_p}
     config = GenerationConfig(
         max_new_tokens=settings.max_new_tokens,
         do_sample=not greedy,
-        num_return_sequences=1 if greedy else request.completions,
         eos_token_id=ends,
         pad_token_id=request.tokenizer.pad_token_id,
         **cut,
@@ -90,7 +90,7 @@ def _complete(causal_lm: Any, request: Request, *_: Any) -> list[list[Sampled]]:
     try:
         with torch.random.fork_rng():
             outputs = causal_lm.generate_batch(
-                [list(prompt) for prompt in request.prompts],
+                [list(prompt) for prompt in request.prompts for _ in range(each)],
                 generation_config=config,
                 continuous_batching_config=_sizes(request, device),
             )
@@ -99,16 +99,13 @@ def _complete(causal_lm: Any, request: Request, *_: Any) -> list[list[Sampled]]:
             causal_lm.model.set_attn_implementation(before)
     drawn = list(outputs.values())
     failed = [output.error for output in drawn if output.error]
-    if failed or len(drawn) != len(request.prompts) * config.num_return_sequences:
+    if failed or len(drawn) != len(request.prompts) * each:
         raise TrainingError(
             f"transformers' continuous batching failed: {failed[0] if failed else 'completions are missing'}",
             fix="use `engine: local`",
         )
     found = [_cut(output, request, set(ends)) for output in drawn]
-    if greedy:
-        return [[one] * request.completions for one in found]
-    k = request.completions
-    return [found[i : i + k] for i in range(0, len(found), k)]
+    return [found[i : i + each] * (request.completions // each) for i in range(0, len(found), each)]
 
 
 def _sizes(request: Request, device: torch.device) -> ContinuousBatchingConfig:
@@ -117,7 +114,9 @@ def _sizes(request: Request, device: torch.device) -> ContinuousBatchingConfig:
     if device.type == "cpu":
         pages = -(-(request.longest + settings.max_new_tokens) // PAGE) + 1
         rows = min(settings.batch_size, request.total)
-        own = {"page_size": PAGE, "num_blocks": rows * pages, "max_batch_tokens": max(256, rows, request.longest)}
+        known = ContinuousBatchingConfig.__dataclass_fields__
+        page = "page_size" if "page_size" in known else "block_size"  # before transformers 5.18
+        own = {page: PAGE, "num_blocks": rows * pages, "max_batch_tokens": max(256, rows, request.longest)}
     return ContinuousBatchingConfig(
         return_logprobs=True, seed=settings.seed, max_requests_per_batch=settings.batch_size, **own
     )
