@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from align.spec.train import TrainSettings
 from align.training import checkpoint as ckpt
 from align.training import online as making
 from tests.distributed.ranks import run_ranks
@@ -86,6 +87,19 @@ def test_two_ranks_go_on_exactly_and_draw_nothing_again(deepspeed, run, tmp_path
         assert found["online"]["progress"] == expected["online"]["progress"]
         assert all(np.array_equal(found["state"][name], expected["state"][name]) for name in expected["state"])
     assert measured(cut.work) == measured(whole.work)
+
+
+@pytest.mark.parametrize("deepspeed", ["none", "zero3"])
+def test_a_rank_without_a_prompt_keeps_in_step(deepspeed, run, tmp_path):
+    """One prompt per rollout and per step: the second rank has nothing to draw, to score and to learn from."""
+    train = TrainSettings(global_batch_size=1, lr_scheduler="constant", warmup_ratio=0)
+    one = replace(run, work=tmp_path / "one", steps=2, settings={"prompts_per_rollout": 1, "train": train}, texts=0)
+    expected = run_ranks(fit, one, world=1)[0]
+    two = replace(one, work=tmp_path / "two", deepspeed=deepspeed)
+    for found in run_ranks(fit, two, deepspeed=deepspeed != "none"):
+        assert found["online"]["completions"] == expected["online"]["completions"]
+        assert found["losses"] == pytest.approx(expected["losses"], abs=2e-5)
+        assert distance(expected["state"], found["state"]) < 2e-4
 
 
 # --- bad numbers and failures on one rank -----------------------------------------------------------------------------

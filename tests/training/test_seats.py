@@ -13,7 +13,7 @@ from align.artifacts.store import Store
 from align.data import ChatEncoder, PromptExample
 from align.data.chat import Completion, Example
 from align.data.records import Conversation
-from align.errors import DataError
+from align.errors import DataError, RecipeError
 from align.logps import last_rewards, pack_examples, token_values
 from align.methods import get_method
 from align.models import load_base, train_tokenizer
@@ -88,6 +88,13 @@ def scored(model: RoleModel, prompts: list[PromptExample], completions: list[lis
     ]
     (found,) = run_passes(model, [("reward", last_rewards)], examples, 64)
     return torch.cat(found).tolist()
+
+
+def test_prompts_without_room_for_an_answer_are_refused(base, store, tmp_path):
+    config = config_of(get_method("ppo"), generation={"max_new_tokens": 128})
+    with pytest.raises(RecipeError, match="128 new tokens leave no room for a prompt in 128 tokens") as caught:
+        seats.read_prompts(job_of(base, store, tmp_path), config, load_tokenizer(base), 128, None)
+    assert caught.value.where == "stages.ppo.generation.max_new_tokens"
 
 
 # --- on the policy's base ---------------------------------------------------------------------------------------------
