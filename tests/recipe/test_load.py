@@ -320,7 +320,8 @@ def test_a_byte_order_mark_and_windows_line_ends_are_fine(tmp_path: Path) -> Non
             "{kind: sft, data: corpus}",
             "{kind: cpo, data: corpus, alpha: 1, beta: no}",
             '8: stages.sft.kind: "cpo" is not one of the choices; did you mean `dpo`?',
-            "write `dpo` (or `ipo` or `ppo`), or install the package that provides `cpo`; `align methods` lists what there is",
+            "write `dpo` (or `ipo` or `ppo`), or install the package that provides `cpo`; "
+            "`align methods` lists what there is",
         ),
         ("{kind: sft, data: corpus}", "", "8: stages.sft: must be a mapping, not empty", ""),
     ],
