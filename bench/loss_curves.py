@@ -2,17 +2,19 @@
 
 Every kind that both can train runs under `engine: align` and `engine: trl` from the same parent, with the same data,
 order, seed and initial weights, on a tiny model: NF4 with an adapter, and every parameter. Prints the losses of
-all steps side by side, and ends with exit code 1 if a curve leaves its tolerance.
+all steps side by side, for kinds on rollouts the mean scores too, and ends with exit code 1 if a curve leaves its
+tolerance. Weights that differ by rounding may draw another token some day; runs are compared up to there.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -62,25 +64,48 @@ stages:
     desirable_weight: 1.2
     train: {<<: *train, learning_rate: 2e-3}
   reward: {kind: reward, policy: parent, data: preferences, centring: 0.01, train: *train}
+  rloo: &online
+    kind: rloo
+    policy: parent
+    reference: parent
+    reward: reward
+    scorers: [film-reviews]
+    prompts: demonstrations
+    completions: 4
+    prompts_per_rollout: 8
+    epochs_per_rollout: 2
+    generation: {max_new_tokens: 40}
+    train: {<<: *train, max_steps: 20, global_batch_size: 4, learning_rate: 2e-3}
+  grpo: {<<: *online, kind: grpo}
 """
 FULL = (
     "model.quantization=none",
     "model.adapter=none",
-    *(f"stages.{name}.train.learning_rate=5e-4" for name in ("parent", "sft", "dpo", "kto", "reward")),
+    *(f"stages.{name}.train.learning_rate=5e-4" for name in ("parent", "sft", "dpo", "kto", "reward", "rloo", "grpo")),
+    "stages.rloo.reference=null",
+    "stages.grpo.reference=null",
 )
-KINDS = ("sft", "dpo", "kto", "reward")
-TOLERANCE = {"sft": 1e-4, "dpo": 1e-4, "kto": 1e-4, "reward": 1e-4}
+KINDS = ("sft", "dpo", "kto", "reward", "rloo", "grpo")
+TOLERANCE = {"sft": 1e-4, "dpo": 1e-4, "kto": 1e-4, "reward": 1e-4, "rloo": 1e-4, "grpo": 1e-4}
 """Largest difference of a loss that fp32 sums in another order may make over such a run."""
+SCORE = "rollout/score"
+SAME_SCORE = 1e-3
+"""Mean scores of the same completions differ by less."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """What a stage logged, step by step."""
+    """What a stage logged, step by step, and of every rollout."""
 
     lines: list[dict[str, float]]
+    rollouts: list[dict[str, float]] = field(default_factory=list)
 
     def of(self, name: str = "loss") -> list[float]:
         return [line[name] for line in self.lines if name in line]
+
+    def until(self, step: float) -> Curve:
+        """What was logged of the first optimizer steps."""
+        return Curve([line for line in self.lines if line["step"] <= step], self.rollouts)
 
 
 def run_stage(graph: Graph, name: str, home: Path) -> Path:
@@ -102,7 +127,7 @@ def curve(recipe: Path, name: str, home: Path, *overrides: str) -> tuple[Curve, 
     check_rules(graph)
     folder = run_stage(graph, name, home)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return Curve([line for line in lines if "loss" in line]), folder
+    return Curve([line for line in lines if "loss" in line], [line for line in lines if SCORE in line]), folder
 
 
 def both(recipe: Path, name: str, home: Path, *overrides: str) -> tuple[Curve, Curve]:
@@ -115,6 +140,25 @@ def both(recipe: Path, name: str, home: Path, *overrides: str) -> tuple[Curve, C
 def largest(one: list[float], other: list[float]) -> float:
     """The largest difference of two curves of the same length."""
     return max(abs(a - b) for a, b in zip(one, other, strict=True))
+
+
+def parted(one: Curve, other: Curve) -> float:
+    """The optimizer step from which on two runs learn from other completions; infinity if they never do."""
+    for a, b in zip(one.rollouts, other.rollouts, strict=True):
+        if a["rollout/length"] != b["rollout/length"] or abs(a[SCORE] - b[SCORE]) > SAME_SCORE:
+            return a["step"]
+    return math.inf
+
+
+def tabulated(title: str, name: str, align: list[dict[str, float]], trl: list[dict[str, float]]) -> Table:
+    """One number of every line under both engines."""
+    table = Table(title=title)
+    for column in ("step", "align", "trl", "difference"):
+        table.add_column(column, justify="right")
+    for line, other in zip(align, trl, strict=True):
+        a, b = line[name], other[name]
+        table.add_row(str(line["step"]), f"{a:.6f}", f"{b:.6f}", f"{abs(a - b):.1e}")
+    return table
 
 
 def main() -> int:
@@ -130,14 +174,13 @@ def main() -> int:
         for kind in chosen.kinds:
             for model, overrides in {"NF4 + LoRA": (), "full": FULL}.items():
                 align, trl = both(recipe, kind, home, *overrides)
-                table = Table(title=f"{kind}, {model}")
-                for column in ("step", "align", "trl", "difference"):
-                    table.add_column(column, justify="right")
-                for line, a, b in zip(align.lines, align.of(), trl.of(), strict=True):
-                    table.add_row(str(line["step"]), f"{a:.6f}", f"{b:.6f}", f"{abs(a - b):.1e}")
-                console.print(table)
-                worst = largest(align.of(), trl.of())
+                console.print(tabulated(f"{kind}, {model}", "loss", align.lines, trl.lines))
+                if align.rollouts:
+                    console.print(tabulated("mean score", SCORE, align.rollouts, trl.rollouts))
+                apart = parted(align, trl)
+                worst = largest(align.until(apart).of(), trl.until(apart).of()) if apart else math.inf
                 told = f"{kind}, {model}: largest difference {worst:.1e}, tolerance {TOLERANCE[kind]:.0e}"
+                told += f", up to step {apart}, when another token was drawn" if apart < math.inf else ""
                 console.print(told)
                 failed += [told] if worst > TOLERANCE[kind] else []
     for told in failed:

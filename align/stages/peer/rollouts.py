@@ -111,7 +111,7 @@ class Rollouts:
             step: Optimizer steps taken.
             rewards: [C] what TRL compares, before any KL.
             advantages: [C] what it made of that.
-            kl: Per completion, in nats; None where TRL runs no reference.
+            kl: Per completion, in nats; None where TRL does not compute it.
             seconds: That the rollout took.
         """
         assert self.number is not None
@@ -171,16 +171,15 @@ def on_rollouts(parent: Any, watch: Watch, rollouts: Rollouts) -> Any:
             return made
 
         def _kl(self, made: Mapping[str, Tensor]) -> float | None:
-            """Per completion, from log-probabilities of TRL; its RLOO gives away the mean over tokens alone."""
-            if self.beta == 0:
+            """Per completion, in nats; None where TRL runs no reference, or not over all completions."""
+            if self.beta == 0 or self.mask_truncated_completions:
                 return None
-            mask = made["completion_mask"]
-            kept = mask.any(1)
-            if "ref_per_token_logps" not in made:
+            mask, drawn = made["completion_mask"], rollouts.drawn
+            if "ref_per_token_logps" not in made:  # RLOO gives away the mean over tokens alone
                 mean: float = self._metrics["train"]["kl"][-1]
-                return mean * float(mask.sum() / kept.sum())
-            own = sum(sum(each.logps) for each, keep in zip(rollouts.drawn, kept.tolist(), strict=True) if keep)
-            return (own - float((made["ref_per_token_logps"] * mask).sum())) / max(int(kept.sum()), 1)
+                return mean * float(mask.sum()) / len(drawn)
+            reference = float((made["ref_per_token_logps"] * mask).sum())
+            return (sum(sum(each.logps) for each in drawn) - reference) / len(drawn)
 
         def _prepare_inputs(self, generation_batch: list[dict[str, int]]) -> dict[str, Tensor]:
             """This forward pass's part of the rollout; TRL would deal its completions out at random."""
