@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ class StepGraphs:
         self.graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self.seen: set[Hashable] = set()
         self.works = True
+        self.pool: Any = None
+        """Memory of all graphs: one is replayed after the other, and what it returns is read before the next."""
 
     def __call__(self, key: Hashable, step: Callable[[], Tensor]) -> Tensor:
         """Run a step that changes tensors in place and returns one.
@@ -48,8 +51,9 @@ class StepGraphs:
         """Record a step without running it; None if it cannot be recorded."""
         try:
             torch.cuda.synchronize()
+            self.pool = self.pool or torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, pool=self.pool):
                 out = step()
         except Exception as error:  # whatever a model's kernels raise here, they run without a graph
             logger.warning("decoding runs without CUDA graphs (%s: %s)", type(error).__name__, error)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from align.rollout import padded
@@ -69,7 +71,27 @@ def _complete(causal_lm: Any, request: Request, *_: Any) -> list[list[Sampled]]:
         logger.warning("completions are drawn by transformers' generate, which is slower: %s", reason)
         return padded.complete(causal_lm, request)
     with rollout_attention(causal_lm.model):
-        return Loop(causal_lm, request).run()
+        rows = request.settings.batch_size
+        while (found := _drawn(causal_lm, request, rows)) is None:
+            rows //= 2
+            gc.collect()
+            torch.cuda.empty_cache()
+            logger.warning("the cache of so many completions does not fit into memory: trying %d side by side", rows)
+        return found
+
+
+def _drawn(causal_lm: Any, request: Request, rows: int) -> list[list[Sampled]] | None:
+    """All completions, the same for any number of rows; None if half of the rows may fit into memory and these do not.
+
+    Raises:
+        torch.OutOfMemoryError: One row does not fit either, or other ranks wait for this one.
+    """
+    try:
+        return Loop(causal_lm, request, rows).run()
+    except torch.OutOfMemoryError:
+        if rows == 1 or request.synced is not None:
+            raise
+    return None
 
 
 def generate(

@@ -49,16 +49,17 @@ class Loop:
     Args:
         causal_lm: The model as its role sees it, with `rollout_attention` on.
         request: What is asked for.
+        rows: Completions side by side at most.
     """
 
-    def __init__(self, causal_lm: Any, request: Request) -> None:
+    def __init__(self, causal_lm: Any, request: Request, rows: int) -> None:
         self.request, self.found = request, Found(request)
         self.ends = request.ends(causal_lm)
         order = sorted(range(len(request.prompts)), key=lambda i: (-len(request.prompts[i]), i))
         self.queue = deque((i, k) for i in order for k in range(request.completions))
         self.left = [request.completions] * len(request.prompts)
         """Completions of each prompt that are not done."""
-        rows = max(1, min(request.settings.batch_size, request.total))
+        rows = max(1, min(rows, request.total))
         # A prompt stays until its last completion is done: about twice as many are there as rows would need.
         slots = 0
         if request.completions > 1:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from transformers import GenerationConfig
 
 from align.errors import RecipeError
 from align.models import RoleModel, load_base, load_tokenizer, new_base
-from align.rollout import Sampled, generate, keyed_draws, listed_draws, sample
+from align.rollout import Sampled, generate, keyed_draws, kv, listed_draws, sample
 from align.spec.model import Architecture, LoraSettings
 from tests.models.tiny import LORA, randomise
 from tests.rollout.plain import greedy, logits_after, logps, settings
@@ -178,6 +179,28 @@ def test_a_role_with_a_scalar_head_writes_too(roles: RoleModel, tokenizer, promp
     before = generate(headed, "policy", prompts[:3], settings(), tokenizer)
     headed.add_head("policy")
     assert generate(headed, "policy", prompts[:3], settings(), tokenizer) == before
+
+
+def test_what_does_not_fit_into_memory_is_tried_with_fewer_rows(
+    roles: RoleModel, tokenizer, prompts, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = generate(roles, "policy", prompts, settings(), tokenizer)
+    kept, tried = kv.KV._kept, []
+
+    def scarce(self, part: str, *args: Any) -> Any:
+        tried.append(self.sizes[part][0])
+        if self.sizes[part][0] > most:
+            raise torch.OutOfMemoryError("out of memory")
+        return kept(self, part, *args)
+
+    monkeypatch.setattr(kv.KV, "_kept", scarce)
+    most = 5
+    assert generate(roles, "policy", prompts, settings(batch_size=20), tokenizer) == expected
+    assert list(dict.fromkeys(tried))[:3] == [20, 10, 5]
+    assert "trying 5 side by side" in caplog.text
+    most = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        generate(roles, "policy", prompts, settings(batch_size=20), tokenizer)
 
 
 def test_numbers_that_do_not_suffice_are_refused(roles: RoleModel, tokenizer, prompts) -> None:
