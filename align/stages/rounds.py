@@ -8,13 +8,9 @@ from typing import Any, TypeVar
 
 from align.artifacts.chunks import Chunks
 from align.training import collectives
-from align.training.guards import StopRequest
+from align.training.guards import Preempted, StopRequest
 
 T = TypeVar("T")
-
-
-class Stopped(Exception):
-    """A signal asked for a stop, and what was finished by then is kept."""
 
 
 def finished(chunks: Chunks) -> set[str]:
@@ -49,7 +45,7 @@ def in_rounds(
         tell: Told how much has been done by all ranks.
 
     Raises:
-        Stopped: A rank was asked to stop.
+        Preempted: A rank was asked to stop.
     """
     parts = [[each for each in work[i : i + size] if key(each) not in there] for i in range(0, len(work), size)]
     parts = [part for part in parts if part]
@@ -57,7 +53,7 @@ def in_rounds(
     for number in range(math.ceil(len(parts) / world)):
         # A signal reaches one rank, and none may wait for another that has left.
         if any(collectives.gather_objects(stop.received is not None)):
-            raise Stopped
+            raise Preempted
         own = parts[number * world + rank] if number * world + rank < len(parts) else []
         if own:
             chunks.add(do(own))

@@ -65,7 +65,7 @@ def run(job: Job, settings: SampleStage, store: Store, report: Any) -> None:
     Raises:
         RecipeError: Prompts and answers do not fit into a model.
         DataError: The prompts cannot be read, or there is none that every policy has room for.
-        Stopped: A signal asked for a stop; what is finished is kept.
+        Preempted: A signal asked for a stop; what is finished is kept.
     """
     began = time.monotonic()
     with process_group(deepspeed=False):

@@ -44,7 +44,7 @@ def run(job: Job, settings: ScoreStage, store: Store, report: Any) -> None:
         RecipeError: A function may not run, or is none that scores.
         DataError: The candidates cannot be read, or lack a column that a scorer reads.
         TrainingError: A scorer returned something that is no score.
-        Stopped: A signal asked for a stop; what is finished is kept.
+        Preempted: A signal asked for a stop; what is finished is kept.
     """
     began = time.monotonic()
     with process_group(deepspeed=False):

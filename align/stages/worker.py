@@ -66,8 +66,7 @@ def run(job: Job, report: Reporter) -> int:
     from align.artifacts.store import Store
     from align.models.platform import prepare_process
     from align.recipe.schema import stage_kinds
-    from align.stages.rounds import Stopped
-    from align.training.trainer import Preempted
+    from align.training.guards import Preempted
 
     prepare_process()
     store = Store(Path(job.home))
@@ -77,11 +76,9 @@ def run(job: Job, report: Reporter) -> int:
     try:
         module = import_module(f"align.stages.{job.kind if job.kind in OTHER_KINDS else 'train'}")
         module.run(job, settings, store, report)
-    except Stopped:
-        report.write("preempted", "stopped by a signal; what is finished is kept", EXIT_PREEMPTED)
-        return EXIT_PREEMPTED
     except Preempted as stop:
-        report.write("preempted", f"stopped by a signal after step {stop}; a checkpoint is kept", EXIT_PREEMPTED)
+        kept = f" after step {stop}; a checkpoint is kept" if stop.args else "; what is finished is kept"
+        report.write("preempted", f"stopped by a signal{kept}", EXIT_PREEMPTED)
         return EXIT_PREEMPTED
     report.write("done", exit_code=EXIT_DONE)
     return EXIT_DONE

@@ -94,6 +94,10 @@ def together(do: Callable[[], T]) -> T:
     return result
 
 
+class Preempted(Exception):
+    """A signal asked for a stop, and what was finished is kept; names the step of the last checkpoint, if any."""
+
+
 class StopRequest:
     """Turns SIGTERM, SIGINT and SIGUSR1 into a flag that is read at a step boundary."""
 

@@ -31,7 +31,7 @@ from align.recipe.rope import check_rope
 from align.spec.train import ValidationSettings
 from align.training import checkpoint as ckpt
 from align.training import collectives
-from align.training.guards import FiniteGradients, StopRequest, refuse_non_finite
+from align.training.guards import FiniteGradients, Preempted, StopRequest, refuse_non_finite
 from align.training.metrics import MetricsFile
 from align.training.online import Online
 from align.training.optimizer import set_apart
@@ -64,10 +64,6 @@ class Silent:
 
     def warn(self, message: str) -> None:
         """Do nothing with it."""
-
-
-class Preempted(Exception):
-    """A signal asked for a stop; a checkpoint of the last step has been published."""
 
 
 class AlignTrainer(Trainer):

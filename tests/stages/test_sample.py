@@ -15,7 +15,7 @@ from align.artifacts.store import Artifact
 from align.errors import DataError, RecipeError
 from align.spec.data import FileData, GeneratedData
 from align.stages import sample
-from align.stages.rounds import Stopped
+from align.training.guards import Preempted
 from tests.distributed.ranks import run_ranks
 from tests.stages.shelf import Shelf, counted, make_shelf, rows
 
@@ -166,7 +166,7 @@ def test_a_signal_stops_between_two_rounds(shelf: Shelf, monkeypatch: pytest.Mon
 
     with monkeypatch.context() as patch:
         patch.setattr(Chunks, "add", stops)
-        with pytest.raises(Stopped):
+        with pytest.raises(Preempted):
             shelf.run(job)
     assert count_chunks(Path(job.work)) == 4
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
