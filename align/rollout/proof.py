@@ -66,7 +66,7 @@ def _prove(causal_lm: Any) -> str | None:
             for width in (1, 2):
                 found.append(decoder.feed(width).float())
                 decoder.follow(found[-1].argmax(-1), range(4), width)
-    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, NotImplementedError) as error:
+    except Exception as error:  # whatever a model makes of a cache it does not know, `generate` knows better
         return f"{type(error).__name__}: {error}"
     expected: list[Tensor] = []
     drawn = found[0].argmax(-1).tolist()
