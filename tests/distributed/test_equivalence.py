@@ -13,7 +13,7 @@ import pytest
 
 from align.methods import all_methods
 from tests.distributed.ranks import RankError, run_ranks
-from tests.training.worlds import Run, fit, save_tiny_base
+from tests.training.worlds import Run, fit, rollout_of, save_tiny_base
 
 pytest.importorskip("deepspeed")
 
@@ -58,6 +58,7 @@ def test_two_ranks_equal_one(kind, model, deepspeed, base, tmp_path, tmp_path_fa
     expected = alone(kind, model, base, tmp_path_factory)
     quantization, adapter = MODELS[model]
     run = Run(base, tmp_path, kind=kind, quantization=quantization, adapter=adapter, deepspeed=deepspeed, validation=7)
+    run = replace(run, same_rollouts=expected["work"])
     for result in run_ranks(fit, run, deepspeed=deepspeed != "none"):
         assert result["wrapper"] == ("DistributedDataParallel" if deepspeed == "none" else "DeepSpeedEngine")
         assert result["sharded"] == (deepspeed == "zero3")
@@ -67,8 +68,9 @@ def test_two_ranks_equal_one(kind, model, deepspeed, base, tmp_path, tmp_path_fa
         assert result["grad_norms"] == pytest.approx(expected["grad_norms"], rel=1e-3)
         assert all(tensor.size for tensor in result["state"].values())
         assert distance(expected["state"], result["state"]) < 2e-4
-        if expected["online"]:  # the second rollout, which trained weights have drawn
-            assert result["online"]["completions"] == expected["online"]["completions"]
+    if expected["online"]:
+        alike = [rollout_of(work, 0).completions for work in (expected["work"], tmp_path)]
+        assert alike[0] == alike[1], "token by token"
 
 
 @pytest.mark.parametrize("deepspeed", ["none", "zero3"])

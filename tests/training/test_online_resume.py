@@ -207,12 +207,11 @@ def damage(file: Path) -> None:
     file.write_bytes(content)
 
 
-@pytest.mark.parametrize("file", ["rollout.safetensors", "rollout.json", "seal.json"])
-def test_a_damaged_rollout_is_drawn_again(file, run, whole, tmp_path, drawn, caplog):
+def test_a_damaged_rollout_is_drawn_again(run, whole, tmp_path, drawn, caplog):
     cut = replace(run, work=tmp_path, parameter_hook=WHERE["after a rollout was kept"][0])
     with pytest.raises(KeyboardInterrupt):
         fit(0, 1, cut)
-    damage(tmp_path / "rollouts" / "rollout-000002" / file)
+    damage(tmp_path / "rollouts" / "rollout-000002" / "rollout.safetensors")
     again = fit(0, 1, replace(cut, parameter_hook=None))
     assert "rollout 3 is damaged and is drawn again" in caplog.text
     assert len(drawn) == 4

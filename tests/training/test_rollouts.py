@@ -209,24 +209,29 @@ def bad_score(value, trainer, rank):
     trainer.online.judges.scorers["x"] = ("x", SimpleNamespace(score=score))
 
 
+@pytest.fixture(scope="module")
+def undisturbed(base, tmp_path_factory) -> tuple[Run, dict]:
+    run = Run(base, tmp_path_factory.mktemp("whole"), "rloo", steps=4, save_every=3)
+    return run, fit(0, 1, run)
+
+
 @pytest.mark.parametrize(
     ("hook", "told"),
     [
         (bad_reward, r"the score of `reward` is not finite in rollout 2; the weights are those of step 3.*\[\d+"),
         (partial(bad_score, float("nan")), "scorer `x` returned nan for the prompt in row"),
-        (partial(bad_score, float("inf")), "scorer `x` returned inf for the prompt in row"),
         (partial(bad_score, "good"), "scorer `x` returned 'good' for the prompt in row"),
         (poison("loss", step=3), r"the pass `logps` is not finite in rollout 2"),
     ],
 )
-def test_a_rollout_with_a_bad_number_is_neither_trained_on_nor_kept(hook, told, base, tmp_path):
-    run = Run(base, tmp_path / "bad", "rloo", steps=4, save_every=3, settings={"scorers": ["x"]}, parameter_hook=hook)
+def test_a_rollout_with_a_bad_number_is_neither_trained_on_nor_kept(hook, told, undisturbed, tmp_path):
+    run, whole = undisturbed
+    run = replace(run, work=tmp_path, parameter_hook=hook)
     trainer = run.trainer()
     run.parameter_hook(trainer, 0)
     with pytest.raises(TrainingError, match=told):
         trainer.fit()
     assert trainer.state.global_step == 3
-    whole = fit(0, 1, replace(run, work=tmp_path / "whole", parameter_hook=None))
     again = fit(0, 1, replace(run, parameter_hook=None))
     assert again["resumed"] == 3
     assert same(whole["state"], again["state"]), "what was wrong is mended, and the run goes on as if it had never been"

@@ -22,8 +22,10 @@ from align.models.roles import RoleModel
 from align.models.tokenizer import load_tokenizer
 from align.spec.model import Architecture, LoraSettings, TokenizerSettings
 from align.spec.train import LaunchSettings, LoggingSettings, TrainSettings
+from align.training import collectives
 from align.training.arguments import deepspeed_config, training_arguments
-from align.training.online import REWARD, Judges, Online
+from align.training.buffer import Buffer
+from align.training.online import REWARD, Judges, Online, _Part
 from align.training.reference import References
 from align.training.rollout_step import CRITIC, RolloutStep
 from align.training.schedule import RolloutSchedule, Schedule
@@ -130,6 +132,9 @@ class Run:
     """Settings of a stage on rollouts beside `ONLINE`."""
     texts: int = 0
     """Texts to mix in."""
+    same_rollouts: Path | None = None
+    """Work folder of another run, whose completions are taken from the second rollout on: trained weights differ by
+    rounding, and sooner or later one of many draws falls on the other side of a border between two tokens."""
     parameter_hook: Any = None
     """Called with (trainer, rank) before the run; tests inject faults here."""
 
@@ -211,6 +216,8 @@ class Run:
             texts=random_examples(self.texts, 1, seed=6), synced=self.deepspeed == "zero3", work=self.work,
             report=Silent(),
         )  # fmt: skip
+        if self.same_rollouts is not None:
+            take_completions(online, self.same_rollouts)
         rate = getattr(config, "critic_learning_rate", None)
         return {
             "step": RolloutStep(method, config, self.pack_tokens),
@@ -218,6 +225,26 @@ class Run:
             "online": online,
             "learning_rates": {CRITIC: rate} if rate else {},
         }
+
+
+def take_completions(online: Online, other: Path) -> None:
+    """Have a run draw its first rollout alone."""
+    own = online._draw
+
+    def draw(model: Any, number: int, asked: Any) -> _Part:
+        if not number:
+            return own(model, number, asked)
+        places, k = list(range(len(asked)))[collectives.rank() :: collectives.world_size()], online.stage.completions
+        whole = rollout_of(other, number)
+        share = lambda rows: [rows[place * k : (place + 1) * k] for place in places]  # noqa: E731
+        return _Part(places, share(whole.completions), share(whole.ended), scores={})
+
+    online._draw = draw
+
+
+def rollout_of(work: Path, number: int) -> Buffer:
+    """A rollout that a run has kept."""
+    return Buffer.read(work / "rollouts" / f"rollout-{number:06d}")
 
 
 def losses(trainer: AlignTrainer, key: str = "loss") -> list[float]:
@@ -236,6 +263,7 @@ def fit(rank: int, world: int, run: Run) -> dict[str, Any]:
         "grad_norms": losses(trainer, "grad_norm"),
         "state": {k: v.numpy() for k, v in trainer.final_state.items()},
         "resumed": trainer.resumed_from_step,
+        "work": run.work,
         "wrapper": type(trainer.model_wrapped).__name__,
         "sharded": any(hasattr(p, "ds_id") and p.numel() == 0 for p in trainer.model.parameters()),
         "online": trainer.online and last_rollout(trainer.online),
