@@ -22,6 +22,7 @@ from align.methods.grpo import GRPO
 from align.methods.rloo import RLOO
 from align.recipe.packing import TRL
 from align.recipe.sources import plugins
+from align.rollout import request
 from align.spec.online import RolloutStage
 from align.stages.peer import online
 from align.stages.peer.feed import RolloutOrder
@@ -211,7 +212,7 @@ VARIANTS = {
     "grpo": ("grpo",),
     "grpo as DAPO, what is cut off left out": (
         "grpo", "aggregation=token_mean", "scale=none", "clip_high=0.28", "missing_eos=drop", "kl_ratio=true",
-        "train.pack_tokens=300", "train.global_batch_size=2", "epochs_per_rollout=1",
+        "beta=2.0", "train.pack_tokens=300", "train.global_batch_size=2", "epochs_per_rollout=1",
     ),
     "grpo as Dr. GRPO, with entropy": (
         "grpo", "aggregation=constant", "scale=none", "entropy_weight=0.05", "beta=0.0", "generation.top_k=40",
@@ -318,11 +319,14 @@ def test_trls_own_generation_says_the_same_where_nothing_is_left_to_chance(
         return Both
 
     monkeypatch.setattr(online, "on_rollouts", on_rollouts)
+    for module in (online, request):  # a template whose turns end with another token than EOS
+        monkeypatch.setattr(module, "end_ids", lambda t: {t.eos_token_id, t.convert_tokens_to_ids(".")})
     generation = "stages.rloo.generation={temperature: 0.7, top_k: 1, top_p: 0.9, max_new_tokens: 40}"
     Ran(world, shown, "rloo", "stages.rloo.engine=trl", generation, "stages.rloo.train.max_steps=1")
     ((trainer, trained, ours, theirs),) = seen
     assert ours == theirs
     assert len(set(map(tuple, ours))) > 2
+    assert min(map(len, ours)) < max(map(len, ours)) == 40, "some end, and some are cut off"
     config = trainer.generation_config
     assert (config.temperature, config.top_k, config.top_p, config.max_new_tokens) == (0.7, 1, 0.9, 40)
     assert trained
