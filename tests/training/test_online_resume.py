@@ -117,13 +117,11 @@ def online(trainer):
 
 
 WHERE = {
-    "between two updates": (at(4, lambda trainer: trainer, "training_step"), 4, 3),
-    "in an update": (at(5, lambda trainer: trainer, "log", after=True), 4, 3),
+    "in an update": (at(5, lambda trainer: trainer, "_agree", after=True), 4, 3),
     "at the border of a rollout": (at(6, online, "prepare"), 6, 3),
     "while drawing": (at(6, online, "_draw"), 6, 3),
     "while scoring": (at(6, online, "_score"), 6, 4),
     "after a rollout was kept": (at(6, lambda trainer: trainer.online.kept, "keep", after=True), 6, 3),
-    "after a rollout was told": (at(6, lambda trainer: trainer, "_write", after=True), 4, 3),
     "in a checkpoint": (at(6, online, "save", after=True), 4, 3),
 }
 
