@@ -16,7 +16,7 @@ import yaml
 from tests.e2e.conftest import Cli
 from tests.e2e.test_spine import copy_of, ran
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
 
 RECIPE = Path(__file__).with_name("records.yaml")
 MADE = ("drawn", "scored", "pairs", "best")
@@ -43,7 +43,7 @@ def forget(cli: Cli, *stages: str) -> None:
 def whole(tiny_run, tmp_path_factory) -> Cli:
     """One undisturbed run."""
     cli = copy_of(tiny_run, tmp_path_factory.mktemp("records") / "run")
-    cli.output = cli.run(recipe=RECIPE)
+    cli.output = cli("run", str(RECIPE), timeout=600)
     return cli
 
 
