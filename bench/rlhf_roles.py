@@ -23,8 +23,9 @@ from align.methods.sft import SFT
 from align.models import train_tokenizer
 from align.models.roles import RoleModel
 from align.spec.model import TokenizerSettings
+from align.spec.scored import REWARD
 from align.training.guards import FiniteGradients
-from align.training.online import REWARD, Judges, Online
+from align.training.online import Judges, Online
 from align.training.rollout_step import CRITIC, RolloutStep
 from align.training.schedule import RolloutSchedule
 from align.training.step import Step, Totals, scaled_loss

@@ -51,6 +51,7 @@ def training_memory(
     compute_bytes: int,
     frozen_adapters: int = 0,
     critic: bool = False,
+    at_once: bool = False,
     scores: bool = False,
     entropy: Entropy = "none",
     device: Literal["cpu", "cuda"] = "cpu",
@@ -64,7 +65,8 @@ def training_memory(
         pack_tokens: Tokens of one forward pass.
         compute_bytes: Bytes of a number in the compute dtype.
         frozen_adapters: Adapters beside the trained one: the reference's.
-        critic: Whether a second adapter is trained beside it, with a scalar head, in the same pass.
+        critic: Whether a second adapter is trained beside it, with a scalar head.
+        at_once: Whether both are trained on a pack in the same pass, and not in one pass each.
         scores: Whether a scalar head is trained instead of log-probabilities being taken: there are no logits then.
         entropy: Whether that of the policy is taken too, and with a gradient.
         device: Where the stage runs.
@@ -85,7 +87,7 @@ def training_memory(
     whole = base or trained * weight
     kept = _activations(size, model, pack_tokens, compute_bytes)
     tiles = 0 if scores else TILE_COPIES[entropy] * 4 * min(pack_tokens * size.vocabulary, TILE_ELEMENTS[device])
-    tiles -= kept if critic else 0  # the critic's activations are not there yet while the policy's logits are
+    tiles -= kept if at_once else 0  # the critic's activations are not there yet while the policy's logits are
     working = _working(size, pack_tokens, compute_bytes)
     parts = {
         "base": base // shared_from(3),
@@ -95,7 +97,7 @@ def training_memory(
         "optimizer": trained * (ADAM_BYTES + master) // shared_from(1),
         "autocast": trained * compute_bytes if lora is None and weight > compute_bytes else 0,
         "gathered": min(whole, whole * LIVE_PARAMETERS // size.parameters) if shared_from(3) > 1 else 0,
-        "activations": kept * (2 if critic else 1),
+        "activations": kept * (2 if at_once else 1),
         "head" if tiles > working else "backward": max(tiles, working),
     }
     return {name: bytes_ for name, bytes_ in parts.items() if bytes_}

@@ -265,7 +265,8 @@ class _Planner:
             example = largest_example(stage, shared=packing is not None and packing.packing == "shared")
         share = math.ceil(train.global_batch_size / node.launch.processes) * example
         critic = isinstance(stage, RolloutStage) and has_critic(stage)
-        budget = train.pack_tokens // 2 if critic else train.pack_tokens
+        at_once = critic and example <= train.pack_tokens // 2  # see `align/training/rollout_step.py`
+        budget = train.pack_tokens // 2 if at_once else train.pack_tokens
         return training_memory(
             size,
             model,
@@ -274,6 +275,7 @@ class _Planner:
             compute_bytes=self.bytes_of(model),
             frozen_adapters=frozen_adapters(node, self.graph),
             critic=critic,
+            at_once=at_once,
             scores=stage.produces == "reward",
             entropy=entropy_of(stage) if isinstance(stage, RolloutStage) else "none",
             device=self.device,

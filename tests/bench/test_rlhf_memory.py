@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from align.models.platform import prepare_process
+from align.recipe.memory import TILE_ELEMENTS
 from bench import rlhf_memory
 from bench.memory import held_bytes, tensors_of
 from bench.rlhf_memory import DRAWING, FOUR, PARTS, PPO, SCORING, SFT, failures, measure
@@ -22,9 +23,10 @@ CPU = torch.device("cpu")
 TASK = Task(24, 8, 8, 4, 64)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _process() -> None:
+@pytest.fixture(autouse=True)
+def _process(monkeypatch: pytest.MonkeyPatch) -> None:
     prepare_process()
+    monkeypatch.setattr("align.logps.head.TILE_ELEMENTS", TILE_ELEMENTS["cpu"])  # other tests change it
 
 
 def tiny(**changes: object) -> Shape:
@@ -127,3 +129,13 @@ def test_the_plan_is_near_what_is_measured() -> None:
         assert sum(planned.values()) == pytest.approx(sum(found.values()), rel=0.1), phase
         for part in ("base", "adapters", "optimizer", "gradients"):
             assert planned[part] == pytest.approx(found[part], rel=0.02), (phase, part)
+
+
+@pytest.mark.slow
+def test_examples_that_are_too_large_for_both_roles_keep_the_memory_of_one() -> None:
+    record = measure(tiny(layers=6, vocab=2048), Task(112, 16, 4, 4, 128), CPU)
+    assert failures(record["gate"]) == []
+    assert record["packs"] == {SFT: [128] * 4, PPO: [128] * 8}, "each pack once for the policy and once for the critic"
+    sft, ppo = record["phases"][SFT], record["phases"][PPO]
+    assert ppo["activations"] < 1.25 * sft["activations"], "twice as much if both were trained at once"
+    assert sum(record["plan"][PPO].values()) == pytest.approx(sum(ppo.values()), rel=0.3)

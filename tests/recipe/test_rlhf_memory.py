@@ -176,6 +176,16 @@ def test_policy_and_critic_take_half_the_tokens_each(check: Check) -> None:
     assert rows["ppo"].memory["activations"] == rows["rloo"].memory["activations"]
 
 
+def test_where_an_example_is_too_large_for_both_each_has_its_turn(check: Check) -> None:
+    def activations(pack_tokens: int) -> int:
+        overrides = ("stages.ppo.generation.batch_size=1", f"stages.ppo.train.pack_tokens={pack_tokens}")
+        return rows_of(check(SEVEN, *overrides))["ppo"].memory["activations"]
+
+    assert activations(512) == activations(511) * 512 // 511, "two roles on 256 tokens, one role on 511"
+    assert activations(256) == activations(512) // 2
+    assert activations(1) == activations(256), "an example is never cut"
+
+
 # --- what a pack holds at its fullest ----------------------------------------------------------------------------
 
 
@@ -193,7 +203,7 @@ def test_tiles_and_backward_do_not_live_at_once() -> None:
     assert step(wide, 512, entropy="metric")["head"] == 5 * 4 * 2**22
     assert step(wide, 512, device="cuda")["head"] == 3 * 4 * 512 * 100_000, "a tile is larger than all there is"
     assert step(wide, 8192, device="cuda")["head"] == 3 * 4 * 2**26
-    one, both = step(wide, 512, entropy="metric"), step(wide, 512, entropy="metric", critic=True)
+    one, both = (step(wide, 512, entropy="metric", critic=True, at_once=each) for each in (False, True))
     assert both["activations"] == 2 * one["activations"]
     assert both["head"] + both["activations"] == one["head"] + one["activations"], "the critic's pass comes after it"
     assert "head" not in step(wide, 512, scores=True)
