@@ -87,7 +87,7 @@ def invert(weights: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
         [B] places and [B] sums, fp64.
 
     Example:
-        >>> invert(torch.tensor([[1.0, 0.0, 3.0]]), torch.tensor([0.25], dtype=torch.float64))[0]
+        >>> invert(torch.tensor([[1.0, 0.0, 3.0]]), torch.tensor([0.3], dtype=torch.float64))[0]
         tensor([2])
     """
     last, padding = weights.shape[-1] - 1, -weights.shape[-1] % BLOCK

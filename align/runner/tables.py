@@ -58,6 +58,8 @@ def tokens_table(counts: Mapping[str, Mapping[str, Any]]) -> Table:
 def methods_table() -> Table:
     """One row per training method."""
     table = _table("kind", "batch", "reference", "summary", "source")
+    for column in table.columns[:3]:
+        column.no_wrap = True
     for kind, method in all_methods().items():
         reference = "yes" if method.reference else "no"
         table.add_row(kind, method.batch.value, reference, Text(method.summary), Text(method.source))

@@ -158,7 +158,7 @@ def test_what_is_there_is_not_drawn_again(shelf: Shelf, monkeypatch: pytest.Monk
 @pytest.mark.usefixtures("small_rounds")
 def test_a_signal_stops_between_two_rounds(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
     job = asked(shelf, "sft", completions=2)
-    before = Chunks.add
+    before, handler = Chunks.add, signal.getsignal(signal.SIGTERM)
 
     def stops(self: Chunks, values: Any) -> None:
         before(self, values)
@@ -169,7 +169,7 @@ def test_a_signal_stops_between_two_rounds(shelf: Shelf, monkeypatch: pytest.Mon
         with pytest.raises(Preempted):
             shelf.run(job)
     assert count_chunks(Path(job.work)) == 4
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == handler
     assert len(rows(shelf.run(job))) == N
 
 
