@@ -221,6 +221,7 @@ VARIANTS = {
     "grpo, checkpointing on a merged parent": (
         "grpo", "model={merge_parent: true}", "model.gradient_checkpointing=true",
     ),
+    "rloo, checkpointing": ("rloo", "model.gradient_checkpointing=true", "train.pack_tokens=400", "train.seed=1"),
     "grpo, a scorer that reads a column": (
         "grpo", "reward=null", "scorers=[letters, vowels]", "prompts=questions", QUESTIONS, "completions=3",
         "prompts_per_rollout=4", "train.global_batch_size=2", "weights={letters: 3.0}", "generation.stop=[e]",

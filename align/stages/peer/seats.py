@@ -13,6 +13,7 @@ from torch import nn
 from align.errors import RecipeError
 from align.models.heads import ScalarHead
 from align.models.rewards import Normalization
+from align.rollout.request import drawing
 from align.stages.peer.policy import TRAINED, PeerPolicy
 from align.training.online import REWARD
 
@@ -71,7 +72,7 @@ class Seats(nn.Module):
         with torch.autocast(device, dtype=torch.bfloat16) if self.autocast else nullcontext():
             if role != REWARD:
                 return function(self.base, *args)
-            with self._reward():
+            with drawing(self), self._reward():
                 return function(self.base, *args, self.head)
 
     @contextmanager
