@@ -125,7 +125,7 @@ class _Bench:
         self.ends = end_ids(tokenizer)
         generation = settings.generation
         # The KL is an expectation over what the policy itself draws: answers drawn colder say nothing of it.
-        plain = generation.model_copy(update={"temperature": 1.0, "top_p": 1.0})
+        plain = generation.model_copy(update={"temperature": 1.0, "top_p": 1.0, "top_k": None, "stop": []})
         self.plain = None if plain == generation else plain
         passes = 2 if self.plain is None else 3
         self.total, self.done = passes * len(settings.candidates), 0
