@@ -137,7 +137,8 @@ def test_set_overrides_and_is_checked(recipe: Path) -> None:
 
 def test_methods_lists_every_registered_one() -> None:
     told = (line for line in align("methods").output.splitlines() if line.strip())
-    lines = {line.split()[0]: line for line in told if not line.startswith("   ")}  # the rest of a summary goes on there
+    # Where a line begins with spaces, a summary goes on.
+    lines = {line.split()[0]: line for line in told if not line.startswith("   ")}
     for kind, method in all_methods().items():
         assert method.batch.value in lines[kind]
         assert ("yes" if method.reference else "no") in lines[kind].split()
