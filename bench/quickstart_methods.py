@@ -18,29 +18,11 @@ from rich.console import Console
 from rich.table import Table
 
 import align
-from align.recipe import load_recipe
-from align.spec.data import GeneratedData
-from align.spec.online import RolloutStage
-from align.spec.sample import SampleStage
-from align.spec.stages import CompareStage, TrainedStage
+from bench.seeds import interval, overrides
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "quickstart" / "methods.yaml"
 LABEL_NOISE = 0.1
 """Share of wrong labels in the recipe, and so what no reward model can get right but by chance."""
-
-
-def overrides(recipe: Path, seed: int) -> list[str]:
-    """The settings that a seed changes: the data's, the stages' and the sampling's."""
-    loaded = load_recipe(recipe)
-    sets = [f"name={loaded.recipe.name}-seed{seed}"]
-    generated = {n: each for n, each in loaded.recipe.data.items() if isinstance(each, GeneratedData)}
-    sets += [f"data.{n}.seed={seed + source.seed}" for n, source in generated.items()]
-    for name, stage in loaded.stages.items():
-        if isinstance(stage, TrainedStage):
-            sets.append(f"stages.{name}.train.seed={seed}")
-        if isinstance(stage, CompareStage | RolloutStage | SampleStage):
-            sets.append(f"stages.{name}.generation.seed={seed + stage.generation.seed}")
-    return sets
 
 
 def reference_cost(result: align.RunResult) -> dict[str, tuple[int, int]]:
@@ -51,11 +33,6 @@ def reference_cost(result: align.RunResult) -> dict[str, tuple[int, int]]:
         if "reference/computed" in metrics:
             costs[name] = (int(metrics["reference/computed"]), int(metrics["reference/reused"]))
     return costs
-
-
-def interval(value: Mapping[str, Any]) -> str:
-    """`mean [low, high]`."""
-    return f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
 
 
 def main() -> int:

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 import align
-from bench.quickstart_methods import interval, overrides
+from bench.seeds import interval, overrides
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "quickstart"
 COIN = "data.comparisons.options={shuffle_labels: true}"
@@ -27,9 +27,7 @@ NOT_JUDGED = ("base", "sft")
 
 def run(recipe: Path, seed: int, coin: bool) -> dict[str, Mapping[str, Any]]:
     """What the comparison says of every candidate."""
-    sets = overrides(recipe, seed)
-    if coin:
-        sets = [f"{each}-coin" if each.startswith("name=") else each for each in sets] + [COIN]
+    sets = overrides(recipe, seed, "-coin" * coin) + [COIN] * coin
     return dict(align.run(recipe, sets).results()["comparison"]["candidates"])
 
 

@@ -15,17 +15,10 @@ from rich.console import Console
 from rich.table import Table
 
 import align
+from bench.seeds import interval, overrides
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "quickstart" / "sft_dpo.yaml"
-
-
-def overrides(seed: int, shuffled: bool) -> list[str]:
-    """The settings that a seed changes: the data's, the stages' and the sampling's."""
-    stages = ("base", "sft", "dpo")
-    parts = ("corpus", "demonstrations", "preferences", "heldout")
-    sets = [f"stages.{s}.train.seed={seed}" for s in stages] + [f"data.{p}.seed={seed}" for p in parts]
-    sets += [f"stages.comparison.generation.seed={seed}", f"name=quickstart-seed{seed}{'-shuffled' * shuffled}"]
-    return [*sets, "data.preferences.options={shuffle_labels: true}"] if shuffled else sets
+SHUFFLED = "data.preferences.options={shuffle_labels: true}"
 
 
 def main() -> int:
@@ -40,11 +33,11 @@ def main() -> int:
     for seed in parser.parse_args().seeds:
         gold = {}
         for shuffled in (False, True):
-            result = align.run(RECIPE, overrides(seed, shuffled))
+            sets = overrides(RECIPE, seed, "-shuffled" * shuffled) + [SHUFFLED] * shuffled
+            result = align.run(RECIPE, sets)
             candidates = result.results()["comparison"]["candidates"]
             gold |= {f"{name} shuffled" if shuffled else name: c["gold"] for name, c in candidates.items()}
-        cells = [f"{g['mean']:.3f} [{g['low']:.3f}, {g['high']:.3f}]" for g in (gold[k] for k in
-                 ("base", "sft", "dpo", "dpo shuffled"))]  # fmt: skip
+        cells = [interval(gold[name]) for name in ("base", "sft", "dpo", "dpo shuffled")]
         table.add_row(str(seed), *cells)
         if not gold["base"]["high"] < gold["sft"]["low"]:
             failures.append(f"seed {seed}: SFT is not clearly above base")

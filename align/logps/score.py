@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from align.data.chat import Example
 from align.logps.head import last_rewards, token_logps
-from align.logps.pack import Packing, pack_examples
+from align.logps.pack import Pack, Packing, pack_examples
 
 
 @torch.no_grad()
@@ -28,38 +29,30 @@ def completion_logps(
     Returns:
         One tuple per example, one number per completion.
     """
-    device = next(roles.parameters()).device
-    result: list[tuple[float, ...]] = [()] * len(examples)
-    for pack in pack_examples(examples, pack_tokens, packing=packing):
-        pack = pack.to(device)
-        totals = pack.sum_by_completion(roles(role, token_logps, pack)).total.tolist()
-        for i in pack.examples:
-            k = len(examples[i].completions)
-            result[i], totals = tuple(totals[:k]), totals[k:]
-    return result
+
+    def totals(pack: Pack) -> Tensor:
+        return pack.sum_by_completion(roles(role, token_logps, pack)).total
+
+    return _by_completion(roles, totals, examples, pack_tokens, packing)
 
 
 @torch.no_grad()
 def completion_scores(
     roles: Any, role: str, examples: Sequence[Example], pack_tokens: int, packing: Packing = "rows"
 ) -> list[tuple[float, ...]]:
-    """Rewards of every completion of every example, under a role with a scalar head.
+    """Rewards of every completion of every example, under a role with a scalar head; see `completion_logps`."""
+    return _by_completion(roles, lambda pack: roles(role, last_rewards, pack), examples, pack_tokens, packing)
 
-    Args:
-        roles: A `RoleModel`, bare.
-        role: One of its roles with a head.
-        examples: Any number of examples.
-        pack_tokens: Token budget of one forward pass.
-        packing: How sequences are laid out, of those that `choose_packing` found the model able to.
 
-    Returns:
-        One tuple per example, one number per completion.
-    """
+def _by_completion(
+    roles: Any, values: Callable[[Pack], Tensor], examples: Sequence[Example], pack_tokens: int, packing: Packing
+) -> list[tuple[float, ...]]:
+    """What `values` [C] gives for the completions of each example, pack after pack."""
     device = next(roles.parameters()).device
     result: list[tuple[float, ...]] = [()] * len(examples)
     for pack in pack_examples(examples, pack_tokens, packing=packing):
-        values = roles(role, last_rewards, pack.to(device)).tolist()
+        found = values(pack.to(device)).tolist()
         for i in pack.examples:
             k = len(examples[i].completions)
-            result[i], values = tuple(values[:k]), values[k:]
+            result[i], found = tuple(found[:k]), found[k:]
     return result

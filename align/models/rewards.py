@@ -47,15 +47,16 @@ def read_normalization(artifact: Path) -> Normalization:
 
 
 def load_reward(
-    store: Store, fingerprint: str, role: str = "reward", *, onto: RoleModel | None = None
+    store: Store, fingerprint: str, role: str = "reward", *, onto: RoleModel | None = None, trainable: bool = False
 ) -> tuple[RoleModel, Normalization]:
-    """Load a reward model of the store as a frozen role with its head, which normalises.
+    """Load a reward model of the store as a role with its head, which normalises.
 
     Args:
         store: Where it is.
         fingerprint: Of the stage that trained it.
         role: What it is called.
         onto: A model on the same base, for an adapter to join. A base of its own is loaded if absent.
+        trainable: Whether the role is trained, without dropout: a critic starts as the reward model. Adapters only.
 
     Raises:
         ArtifactError: If it is not in the store, is damaged, or is no reward model.
@@ -66,7 +67,8 @@ def load_reward(
         model = load_scorer(source.base, role, dtype=source.model.dtype)
     else:
         model = onto or RoleModel(_base_of(source))
-        model.add_adapter(role, folder=source.adapter, with_head=True, trainable=False)
+        dropout = 0.0 if trainable else None
+        model.add_adapter(role, folder=source.adapter, with_head=True, trainable=trainable, dropout=dropout)
     head = model.head(role)
     head.mean, head.std = normalization.mean, normalization.std
     return model, normalization

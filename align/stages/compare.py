@@ -6,11 +6,9 @@ import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from align.artifacts.manifest import Manifest, hardware, library_versions
 from align.artifacts.store import Store
 from align.data import Completion, Example, PromptExample, load_prompts
 from align.errors import RecipeError
@@ -23,7 +21,7 @@ from align.rollout import generate
 from align.scoring import Scorer, get_scorer, labels, score_completion
 from align.spec.job import Job
 from align.spec.stages import CompareStage, GenerationSettings
-from align.stages.memory import peak_memory
+from align.stages.publish import manifest_of
 
 LOGPS_TOKENS = 8192
 """Token budget of one forward pass."""
@@ -85,27 +83,13 @@ def run(job: Job, settings: CompareStage, store: Store, report: Report) -> None:
     _write_json(folder / "data.json", data)
     _write_lines(folder / "samples.jsonl", _samples(prompts, answers, measured))
     _write_lines(folder / "scores.jsonl", _score_rows(prompts, measured))
-    manifest = Manifest(
-        kind=job.kind,
-        stage=job.stage,
-        recipe=job.recipe,
-        fingerprint=job.fingerprint,
-        inputs=job.inputs,
-        data=data,
-        settings=job.settings,
-        seed=settings.generation.seed,
-        versions=library_versions(),
-        hardware=hardware(),
-        metrics={
-            f"{name}/{metric}": interval["mean"]
-            for name, own in results["candidates"].items()
-            for metric, interval in own.items()
-        },
-        wall_seconds=time.monotonic() - began,
-        peak_memory_bytes=peak_memory(),
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-    )
-    store.add(manifest, folder)
+    means = {
+        f"{name}/{metric}": interval["mean"]
+        for name, own in results["candidates"].items()
+        for metric, interval in own.items()
+    }
+    seconds = time.monotonic() - began
+    store.add(manifest_of(job, data=data, metrics=means, seed=settings.generation.seed, seconds=seconds), folder)
 
 
 class _Bench:

@@ -6,13 +6,12 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from align.artifacts.manifest import Manifest, PolicyRecord, hardware, library_versions
+from align.artifacts.manifest import PolicyRecord
 from align.artifacts.store import Store
 from align.data import DataReport
 from align.models.card import write_card
@@ -21,7 +20,7 @@ from align.models.save import MODEL, save_policy
 from align.recipe.packing import PackingChoice
 from align.spec.job import Job
 from align.spec.stages import TrainedStage
-from align.stages.memory import peak_memory
+from align.stages.publish import manifest_of
 from align.stages.reward import Judgement
 from align.stages.start import Start
 
@@ -80,25 +79,16 @@ def publish_policy(
     data = {name: report.model_dump(mode="json") for name, report in reports.items()}
     for name, content in {"data.json": data, **(judgement.files if judgement else {})}.items():
         (folder / name).write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
-    manifest = Manifest(
-        kind=job.kind,
-        stage=job.stage,
-        recipe=job.recipe,
-        fingerprint=job.fingerprint,
-        inputs=job.inputs,
+    manifest = manifest_of(
+        job,
         data=data,
-        settings=job.settings,
+        metrics=_last_values(work / "metrics.jsonl") | (judgement.metrics if judgement else {}),
+        seed=settings.train.seed,
+        seconds=seconds,
         policy=record if settings.produces == "policy" else None,
         reward=record if settings.produces == "reward" else None,
-        seed=settings.train.seed,
         packing=asdict(packing) if packing else {},
-        versions=library_versions(),
-        hardware=hardware(),
-        metrics=_last_values(work / "metrics.jsonl") | (judgement.metrics if judgement else {}),
-        wall_seconds=seconds,
-        peak_memory_bytes=peak_memory(),
         steps=steps,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
     write_card(folder, manifest)
     store.add(manifest, folder)

@@ -17,7 +17,7 @@ from align.logps import last_rewards
 from align.methods import Method, get_method
 from align.methods.ppo import PPO
 from align.models.policies import locate
-from align.models.rewards import load_reward, read_normalization
+from align.models.rewards import load_reward
 from align.models.roles import RoleModel
 from align.models.tokenizer import load_tokenizer
 from align.scoring import labels
@@ -177,19 +177,13 @@ def add_seats(job: Job, settings: RolloutStage, method: Method, store: Store, ro
         roles: The model, with its policy.
         own: Whether the reward model has a base of its own.
     """
-    folder, normalization = None, None
-    if settings.reward is not None and not own:
-        fingerprint = job.inputs[settings.reward]
-        load_reward(store, fingerprint, REWARD, onto=roles)
-        folder = locate(store, fingerprint, "reward").adapter
-        normalization = read_normalization(store.folder(fingerprint))
+    shared = None if settings.reward is None or own else job.inputs[settings.reward]
+    if shared is not None:
+        load_reward(store, shared, REWARD, onto=roles)
     if Needs.VALUES not in method.needs:
         return
-    if folder is not None and isinstance(settings, PPO) and settings.critic_start == "reward":
-        assert normalization is not None
-        roles.add_adapter(CRITIC, folder=folder, with_head=True, trainable=True, dropout=0.0)
-        head = roles.head(CRITIC)
-        head.mean, head.std = normalization.mean, normalization.std
+    if shared is not None and isinstance(settings, PPO) and settings.critic_start == "reward":
+        load_reward(store, shared, CRITIC, onto=roles, trainable=True)
     else:
         roles.add_adapter(CRITIC, copy_of="policy", trainable=True)
         roles.add_head(CRITIC).reset_parameters()

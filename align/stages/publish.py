@@ -1,4 +1,4 @@
-"""The end of a stage that makes records: they and what is known of them become an artifact."""
+"""The end of a stage: what is known of it as a manifest, and records with theirs as an artifact."""
 
 from __future__ import annotations
 
@@ -46,13 +46,29 @@ def publish_records(
     data = {name: report.model_dump(mode="json") for name, report in reports.items()}
     for name, content in {"data.json": data, **(files or {})}.items():
         (folder / name).write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
-    manifest = Manifest(
+    store.add(manifest_of(job, data=data, metrics=metrics, seed=seed, seconds=seconds), folder)
+
+
+def manifest_of(
+    job: Job, *, data: Mapping[str, Any], metrics: Mapping[str, float], seed: int | None, seconds: float, **own: Any
+) -> Manifest:
+    """What a stage produced, on this machine, as of now.
+
+    Args:
+        job: The stage.
+        data: Data name -> what was read, dropped and quarantined, as plain values.
+        metrics: What is told of the result.
+        seed: Of its draws.
+        seconds: Wall time of the stage in this process.
+        **own: Fields that only some kinds fill in.
+    """
+    return Manifest(
         kind=job.kind,
         stage=job.stage,
         recipe=job.recipe,
         fingerprint=job.fingerprint,
         inputs=job.inputs,
-        data=data,
+        data=dict(data),
         settings=job.settings,
         seed=seed,
         versions=library_versions(),
@@ -61,8 +77,8 @@ def publish_records(
         wall_seconds=seconds,
         peak_memory_bytes=peak_memory(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
+        **own,
     )
-    store.add(manifest, folder)
 
 
 def quarantine_of(job: Job) -> Path:
