@@ -35,6 +35,7 @@ from align.spec.stages import PolicyStage, TrainedStage, engine_of
 from align.stages import online, start
 from align.stages.finish import publish_policy
 from align.stages.material import Material
+from align.stages.own_reward import load_own_reward
 from align.stages.reference import find_references, read_second_copy
 from align.stages.reward import Finished, draw_samples, judge
 from align.training import collectives
@@ -111,7 +112,7 @@ def _train(job: Job, settings: TrainedStage, store: Store, material: Material, r
     schedule: Schedule | RolloutSchedule = Schedule.of(settings.train, len(examples))
     if isinstance(settings, RolloutStage):
         schedule = RolloutSchedule.of(settings, len(material.prompts))
-        reward = online.load_own_reward(job, settings, store, tokenizer)
+        reward = load_own_reward(job, settings, store, tokenizer)
     else:
         references = read_second_copy(job, settings, store, asked, report)
     args = training_arguments(

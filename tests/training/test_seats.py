@@ -24,6 +24,7 @@ from align.models.tokenizer import load_tokenizer
 from align.spec.job import Job
 from align.spec.model import LoraSettings, ModelSettings, TokenizerSettings
 from align.stages import online as seats
+from align.stages import own_reward as owned
 from align.stages import start
 from align.training.passes import run_passes
 from tests.methods.batches import config_of
@@ -136,25 +137,25 @@ def test_a_reward_model_shares_the_base_that_it_was_trained_on(base, store, tmp_
 
     def shares(**model) -> bool:
         job = job_of(base, store, tmp_path, **model)
-        return seats.shares_base(job, config, store, start.of_policy(job, config, store))
+        return owned.shares_base(job, config, store, start.of_policy(job, config, store))
 
     assert shares()
     assert not shares(quantization="nf4")
     assert not shares(merge_parent=True)
     assert not shares(adapter="none")
     job = job_of(base, store, tmp_path)
-    assert seats.load_own_reward(job, config, store, load_tokenizer(base)) is None
-    assert seats.load_own_reward(job, config_of(get_method("ppo")), store, load_tokenizer(base)) is None
+    assert owned.load_own_reward(job, config, store, load_tokenizer(base)) is None
+    assert owned.load_own_reward(job, config_of(get_method("ppo")), store, load_tokenizer(base)) is None
 
 
 # --- on a base of its own ---------------------------------------------------------------------------------------------
 
 
-def own_reward(base, store: Store, tokenizer=None) -> seats.OwnReward:
+def own_reward(base, store: Store, tokenizer=None) -> owned.OwnReward:
     """The reward model alone, with another tokenizer where one is given."""
     model, _ = load_reward(store, REWARD)
     mine = load_tokenizer(base)
-    return seats.OwnReward(model, tokenizer or mine, mine, 64)
+    return owned.OwnReward(model, tokenizer or mine, mine, 64)
 
 
 def flat(rewards: list[list[float]]) -> list[float]:
@@ -168,7 +169,7 @@ def test_it_says_what_the_one_on_the_shared_base_says(base, store, tmp_path):
     found = own_reward(base, store).rewards(prompts, completions)
     assert [len(row) for row in found] == [2] * 6
     assert flat(found) == pytest.approx(scored(roles, prompts, completions), abs=1e-5)
-    loaded = seats.load_own_reward(
+    loaded = owned.load_own_reward(
         job_of(base, store, tmp_path, quantization="nf4"), config_of(get_method("ppo"), reward="rm"), store,
         load_tokenizer(base),
     )  # fmt: skip

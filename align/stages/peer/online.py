@@ -17,7 +17,8 @@ from align.recipe.sizes import positions_of
 from align.spec.job import Job
 from align.spec.online import RolloutStage
 from align.stages import start
-from align.stages.online import OwnReward, load_own_reward, read_prompts, shares_base
+from align.stages.online import read_prompts
+from align.stages.own_reward import OwnReward, load_own_reward, shares_base
 from align.stages.peer.feed import largest_divisor, numbers
 from align.stages.peer.policy import PeerPolicy
 from align.stages.peer.rollouts import Rollouts, on_rollouts
