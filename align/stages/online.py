@@ -12,13 +12,12 @@ from align.methods import Method, get_method
 from align.methods.ppo import PPO
 from align.models.rewards import load_reward
 from align.models.roles import RoleModel
-from align.scoring import labels
 from align.spec.job import Job
 from align.spec.online import RolloutStage
 from align.spec.scored import REWARD
 from align.stages.material import Material
 from align.stages.own_reward import OwnReward
-from align.stages.scorers import scorers_of
+from align.stages.scorers import columns_of, scorers_of
 from align.training.online import Judges, Online
 from align.training.rollout_step import CRITIC, RolloutStep
 from align.training.schedule import RolloutSchedule
@@ -133,7 +132,7 @@ def seat(
 
 def _judges(job: Job, settings: RolloutStage, reward: OwnReward | None) -> Judges:
     scorers = scorers_of(job, settings)
-    columns = {name: name if label == REWARD else label for name, label in labels(scorers).items()}
+    columns = columns_of(scorers)
     weights = {columns[name]: settings.weights.get(name, 1.0) for name in scorers}
     named = {columns[name]: (name, scorer) for name, scorer in scorers.items()}
     if settings.reward is None:

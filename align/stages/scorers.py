@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from align.errors import RecipeError
-from align.scoring import Scorer, get_scorer, load_function
+from align.scoring import Scorer, get_scorer, labels, load_function
 from align.spec.job import Job
-from align.spec.scored import Scored, function_name
+from align.spec.scored import REWARD, Scored, function_name
+
+
+def columns_of(scorers: Mapping[str, Scorer]) -> dict[str, str]:
+    """Name -> column in what is logged; the reward model's column is nobody else's."""
+    return {name: name if label == REWARD else label for name, label in labels(scorers).items()}
 
 
 def scorers_of(job: Job, settings: Scored) -> dict[str, Scorer]:

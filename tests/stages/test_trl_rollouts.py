@@ -23,6 +23,7 @@ from align.methods.rloo import RLOO
 from align.recipe.packing import TRL
 from align.recipe.sources import plugins
 from align.rollout import request
+from align.scoring import get_scorer
 from align.spec.online import RolloutStage
 from align.stages.peer import online
 from align.stages.peer.feed import RolloutOrder
@@ -75,6 +76,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"prompt": f"Write about {word}.", "letters": word[:2]}
         for word in ["sea", "hills", "rain", "roads", "music", "bread"]
     ]
+    (folder / "own.py").write_text("def hush(prompt, completion):\n    return -len(completion) / 50\n")
     (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -226,6 +228,9 @@ VARIANTS = {
         "grpo", "reward=null", "scorers=[letters, vowels]", "prompts=questions", QUESTIONS, "completions=3",
         "prompts_per_rollout=4", "train.global_batch_size=2", "weights={letters: 3.0}", "generation.stop=[e]",
     ),
+    "rloo, a function of one's own": (
+        "rloo", "reward=null", "scorers=[vowels]", "functions=['own.py:hush']", "weights={hush: 2.0}",
+    ),
 }  # fmt: skip
 
 
@@ -363,7 +368,7 @@ def test_a_missing_end_is_told_in_trls_words(missing: str, expected: list[Any], 
     """What gives None is left out of a completion's sum."""
     settings = settings_of(GRPO, missing_eos=missing, weights={"vowels": 2.0}, completions=2)
     prompt = PromptExample(4, "q", [{"role": "user", "content": "q"}], [1])
-    scores = Scores(settings, [prompt], None)
+    scores = Scores(settings, [prompt], {"vowels": get_scorer("vowels")}, None)
     scores.ended = [True, False]
     told = [each(prompts=[0, 0], completions=["ee--", "e---"], completion_ids=[[1], [1]]) for each in scores.functions]
     assert told == expected

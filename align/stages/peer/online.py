@@ -26,6 +26,7 @@ from align.stages.peer.scores import Scores
 from align.stages.peer.seats import Seats
 from align.stages.peer.trainer import arguments, autocasts, classes, silent
 from align.stages.peer.watch import Watch
+from align.stages.scorers import scorers_of
 from align.training.metrics import MetricsFile
 from align.training.schedule import RolloutSchedule
 
@@ -140,7 +141,7 @@ def make_rollouts(
         RolloutSchedule.of(settings, len(prompts)),
         tokenizer=tokenizer,
         seats=seats,
-        scores=Scores(settings, prompts, reward),
+        scores=Scores(settings, prompts, scorers_of(job, settings), reward),
         metrics=metrics,
         report=report,
     )

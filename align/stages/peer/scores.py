@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,9 +11,11 @@ from torch import Tensor
 
 from align.data import PromptExample
 from align.errors import TrainingError
-from align.scoring import get_scorer, labels, score_completion
+from align.scoring import Scorer, score_completion
 from align.spec.online import RolloutStage
-from align.training.online import REWARD, RewardModel
+from align.spec.scored import REWARD
+from align.stages.scorers import columns_of
+from align.training.online import RewardModel
 
 MISSING_EOS = "missing_eos"
 """What the function is called that counts completions without an end."""
@@ -29,6 +31,7 @@ class Scores:
     Args:
         settings: The stage's.
         prompts: What can be asked; TRL is given their numbers.
+        scorers: The stage's scorers and functions, by what they are called in `weights`.
         reward: The stage's reward model, if it has one.
 
     Attributes:
@@ -36,10 +39,15 @@ class Scores:
         found: Column -> [C] what each completion scored, ended or not.
     """
 
-    def __init__(self, settings: RolloutStage, prompts: Sequence[PromptExample], reward: RewardModel | None) -> None:
-        self.settings, self.prompts, self.reward = settings, prompts, reward
-        self.scorers = {name: get_scorer(name) for name in settings.scorers}
-        self.columns = ([REWARD] if reward is not None else []) + [labels(self.scorers)[name] for name in self.scorers]
+    def __init__(
+        self,
+        settings: RolloutStage,
+        prompts: Sequence[PromptExample],
+        scorers: Mapping[str, Scorer],
+        reward: RewardModel | None,
+    ) -> None:
+        self.settings, self.prompts, self.scorers, self.reward = settings, prompts, scorers, reward
+        self.columns = ([REWARD] if reward is not None else []) + list(columns_of(scorers).values())
         self.ended: list[bool] = []
         self.found: dict[str, Tensor] = {}
 
@@ -54,7 +62,7 @@ class Scores:
     def functions(self) -> list[Function]:
         """One function per column, and one for what a missing end costs."""
         made = [self._column(REWARD, self._rewards)] if self.reward is not None else []
-        for name, column in labels(self.scorers).items():
+        for name, column in columns_of(self.scorers).items():
             made.append(self._column(column, self._scored_by(name)))
         return [*made, _called(MISSING_EOS, self._missing)] if self._costs else made
 
