@@ -127,10 +127,10 @@ def measure(shape: Shape, task: Task, device: torch.device) -> dict[str, Any]:
 
 def _rlhf(arm: Arm, task: Task, work: Path, name: str) -> Measured:
     """A rollout and three steps on a part of it, the last of them measured, when the moments are there."""
-    rollouts, packing = Rollouts(arm, task, work), arm.packing()
-    rollouts.prepare(arm.model, 0, packing)
+    rollouts, updates = Rollouts(arm, task, work), ppo_updates(arm, task, arm.packing())
+    rollouts.prepare(arm.model, 0, updates.step)
     assert rollouts.buffer is not None
-    updates, examples = ppo_updates(arm, task, packing), rollouts.examples(0, range(task.trained))
+    examples = rollouts.examples(0, range(task.trained))
     found = Measured(rollouts.buffer, [updates.take(examples, look=True) for _ in range(2)])
     found.phases[name] = _parts(updates, peak_bytes(lambda: updates.take(examples), arm.device))
     for phase, peak in rollouts.peaks.items():  # with the moments that are there from the second rollout on

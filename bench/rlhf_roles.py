@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -198,8 +199,8 @@ class Rollouts(Online):
     def _draw(self, *args: Any) -> Any:
         return self._measured("drawing", super()._draw, *args)
 
-    def _passes(self, *args: Any) -> None:
-        self._measured("scoring", super()._passes, *args)
+    def _passes(self, *args: Any, **settings: Any) -> None:
+        self._measured("scoring", partial(super()._passes, **settings), *args)
 
     def _measured(self, phase: str, function: Any, *args: Any) -> Any:
         found: list[Any] = []
@@ -229,7 +230,7 @@ class Updates:
     """
 
     def __init__(self, arm: Arm, step: Step) -> None:
-        self.arm, self.task = arm, step
+        self.arm, self.step = arm, step
         self.trained: dict[str, Tensor] = arm.model.trainable_state()
         self.optimizer = torch.optim.AdamW(self.trained.values(), lr=1e-3, weight_decay=0.0)
         self.watch = FiniteGradients(self.trained.values())  # type: ignore[arg-type]
@@ -246,7 +247,7 @@ class Updates:
 
     def packs(self, examples: Sequence[Example]) -> list[int]:
         """Tokens of each forward pass."""
-        return [pack.tokens for pack in self.task.packs(examples)]
+        return [pack.tokens for pack in self.step.packs(examples)]
 
     def take(self, examples: Sequence[Example], *, look: bool = False) -> Taken:
         """One step; its gradients are released.
@@ -255,13 +256,13 @@ class Updates:
             examples: What it learns from.
             look: Whether to copy the gradients.
         """
-        arm, task, metrics = self.arm, self.task, Totals()
-        packs = task.packs(examples)
-        weights = task.weights(examples, packs)
+        arm, step, metrics = self.arm, self.step, Totals()
+        packs = step.packs(examples)
+        weights = step.weights(examples, packs)
         total = torch.zeros((), device=arm.device)
         for pack in packs:
             with arm.autocast():
-                output = task.terms(arm.model, pack.to(arm.device), examples, None)
+                output = step.terms(arm.model, pack.to(arm.device), examples, None)
             loss = scaled_loss(output, weights)
             metrics.add(output.metrics)
             loss.backward()

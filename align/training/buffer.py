@@ -50,6 +50,11 @@ class RolloutExample(Example):
     drawn: Drawn | None = None
 
 
+def completions_of(drawn: Sequence[list[int]]) -> tuple[Completion, ...]:
+    """Completions that are trained on whole, from their token ids."""
+    return tuple(Completion(ids, [True] * len(ids), False) for ids in drawn)
+
+
 @dataclass
 class Progress:
     """What a run of rollouts carries from one to the next.
@@ -130,8 +135,7 @@ class Buffer:
             tokens = slice(t, t + sum(map(len, ids)))
             own: dict[str, Any] = {name: None if all_ is None else all_[tokens] for name, all_ in per_token.items()}
             drawn = Drawn(kept=tuple(rollout.kept[c : c + k].tolist()), **own)
-            completions = tuple(Completion(each, [True] * len(each), False) for each in ids)
-            found.append(RolloutExample(row, prompt, completions, 1.0, drawn=drawn))
+            found.append(RolloutExample(row, prompt, completions_of(ids), 1.0, drawn=drawn))
             c, t = c + k, tokens.stop
         return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,36 @@ class MetricsFile:
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() and step else []
         kept = [line + "\n" for line in lines if _step(line) + (ROLLOUT in line) <= step]
         self.path.write_text("".join(kept), encoding="utf-8")
+
+
+@dataclass
+class LeftOut:
+    """Updates that were left out since the last line.
+
+    Attributes:
+        count: How many.
+        since: The step of that line.
+    """
+
+    count: int = 0
+    since: int = 0
+
+    def correct(self, logs: dict[str, float], step: int) -> None:
+        """They have no loss: the mean is that of the others, and there is none if there are none.
+
+        Args:
+            logs: The line of `step`, whose `loss` counts them as 0.
+            step: The present step.
+        """
+        steps, taken = step - self.since, step - self.since - self.count
+        if self.count:
+            logs["update/left_out"] = self.count / steps
+            if taken:
+                logs["loss"] *= steps / taken
+            else:
+                del logs["loss"]
+                logs.pop("grad_norm", None)
+        self.count, self.since = 0, step
 
 
 def _step(line: str) -> float:

@@ -19,21 +19,23 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from align.data import Completion, Example, PromptExample
+from align.data import Example, PromptExample
 from align.errors import TrainingError
-from align.logps import Packing, last_rewards, token_logps, token_values
+from align.logps import last_rewards, token_logps, token_values
 from align.methods import Method
 from align.rollout import keyed_draws, sample
 from align.scoring import Scorer, score_completion
 from align.spec.online import PenalisedKL, RolloutStage
 from align.spec.scored import REWARD
 from align.training import collectives
-from align.training.buffer import Buffer, Progress, RolloutExample
+from align.training.buffer import Buffer, Progress, RolloutExample, completions_of
 from align.training.checkpoint import checkpoints, step_of
+from align.training.first_pass import FirstPass
 from align.training.gaming import told_gaming
 from align.training.guards import together
 from align.training.kept import KeptRollouts, digest_of
 from align.training.passes import Reading, run_passes
+from align.training.rollout_step import RolloutStep, Said
 from align.training.schedule import RolloutSchedule, Schedule
 from align.training.step import pooled_means
 from align.types import Needs, Rollout
@@ -125,11 +127,17 @@ class Online:
         self.stopped: int | None = None
         """The rollout whose remaining updates are left out."""
         self._examples: list[RolloutExample] = []
+        self._said: Said | None = None
 
     # What the trainer asks -------------------------------------------------------------------------------------------
 
-    def prepare(self, model: Any, step: int, packing: Packing) -> dict[str, float] | None:
+    def prepare(self, model: Any, step: int, bound: RolloutStep) -> dict[str, float] | None:
         """Have the rollout that optimizer step `step` (from 0) learns from.
+
+        Args:
+            model: The `RoleModel`, as the launcher wrapped it.
+            step: The optimizer step.
+            bound: The method bound to its settings.
 
         Returns:
             What is logged of it if it is new to this run, else None.
@@ -140,7 +148,7 @@ class Online:
         weights = digest_of(getattr(model, "module", model).trainable_state().values())
         buffer = self.kept.find(number, weights)
         if buffer is None:
-            buffer = self._make(model, number, step, packing)
+            buffer = self._make(model, number, step, bound)
             self.kept.keep(buffer, weights)
         if collectives.rank() == 0:
             self.kept.show(buffer)
@@ -152,6 +160,11 @@ class Online:
         texts = self._text_schedule.indices(step) if self._text_schedule else []
         own = texts[collectives.rank() :: collectives.world_size()]
         return [*(self._examples[place] for place in places), *(self.texts[i] for i in own)]
+
+    def take_said(self) -> Said | None:
+        """What policy and critic said of the step's only pack when the rollout was made, to be learnt from once."""
+        said, self._said = self._said, None
+        return said
 
     def skips(self, step: int) -> bool:
         """Whether the update is left out because the policy has moved far enough from the one that drew the rollout."""
@@ -191,19 +204,22 @@ class Online:
     # Making one ------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _make(self, model: Any, number: int, step: int, packing: Packing) -> Buffer:
+    def _make(self, model: Any, number: int, step: int, bound: RolloutStep) -> Buffer:
         began, total = time.monotonic(), self.schedule.total_steps
         model.eval()
         asked = [self.prompts[i] for i in self.schedule.asked(number)]
         self.report(step, total, f"rollout {number + 1}: drawing {len(asked) * self.stage.completions} completions")
         part = self._draw(model, number, asked)
         self.report(step, total, f"rollout {number + 1}: scoring")
-        own = [asked[place] for place in part.places]
-        self._passes(model, own, part, packing)
+        own, first = [asked[place] for place in part.places], self._first_pass(model, step, bound, asked, part)
+        self._passes(model, own, part, bound, first=first is not None)
         together(partial(self._score, own, part))
         if self.judges.reward is not None and not isinstance(self.judges.reward, str):
             part.scores[REWARD] = self.judges.reward.rewards(own, part.completions)
         whole = _merged(collectives.gather_objects(part), len(asked))
+        if first is not None:
+            self._said, parts = first.run(model)
+            self._fill(whole, step, parts)
         _refuse_non_finite(whole, [p.row for p in asked], number, step)
         model.train()
         buffer = self._judged(number, step, asked, whole)
@@ -229,23 +245,49 @@ class Online:
             places, [[d.ids for d in own] for own in drawn], [[d.ended for d in own] for own in drawn], scores={}
         )
 
-    def _passes(self, model: Any, own: Sequence[PromptExample], part: _Part, packing: Packing) -> None:
-        """One pass each of policy, reference, critic and reward model, as far as the method wants them."""
+    def _first_pass(
+        self, model: Any, step: int, bound: RolloutStep, asked: Sequence[PromptExample], part: _Part
+    ) -> FirstPass | None:
+        """The pass of the only update, where one is wanted before it and nothing else is mixed in."""
+        if self.schedule.updates > 1 or not self._wants_old or self.texts:
+            return None
+        whole = _merged(collectives.gather_objects(part), len(asked))
+        examples = [
+            RolloutExample(asked[i].row, asked[i].prompt_ids, completions_of(whole.completions[i]), 1.0)
+            for i in self._trained(step)
+        ]
+        return FirstPass.of(bound, examples, next(model.parameters()).device)
+
+    def _trained(self, step: int) -> list[int]:
+        """Places in the rollout of the prompts that this rank learns from."""
+        return self.schedule.indices(step)[collectives.rank() :: collectives.world_size()]
+
+    def _fill(self, whole: _Part, step: int, parts: Sequence[dict[str, Tensor]]) -> None:
+        """Add what the ranks found out about the prompts each of them learns from."""
+        seen = collectives.gather_objects(dict(zip(self._trained(step), parts, strict=True)))
+        found = {place: each for own in seen for place, each in own.items()}
+        for name in parts[0]:
+            whole.tensors[name] = [found[place][name] for place in whole.places]
+
+    def _passes(
+        self, model: Any, own: Sequence[PromptExample], part: _Part, bound: RolloutStep, *, first: bool
+    ) -> None:
+        """One pass each of the roles that the method wants; those of the update's own pass left out."""
         at = partial(token_logps, temperature=self.stage.generation.temperature)
         readings: dict[str, Reading] = {}
-        if self._wants_old:
+        if self._wants_old and not first:
             readings["logps"] = ("policy", at)
         if self.reference:
             readings["reference"] = ("reference", at)
-        if Needs.VALUES in self.method.needs:
+        if Needs.VALUES in self.method.needs and not first:
             readings["values"] = ("critic", token_values)
         if self.judges.reward == "shared":
             readings[REWARD] = (REWARD, last_rewards)
         examples = [
-            Example(p.row, p.prompt_ids, tuple(Completion(ids, [True] * len(ids), False) for ids in each), 1.0)
+            Example(p.row, p.prompt_ids, completions_of(each), 1.0)
             for p, each in zip(own, part.completions, strict=True)
         ]
-        found = run_passes(model, list(readings.values()), examples, self.stage.train.pack_tokens, packing)
+        found = run_passes(model, list(readings.values()), examples, self.stage.train.pack_tokens, bound.packing)
         part.tensors = dict(zip(readings, found, strict=True))
         if REWARD in part.tensors:
             part.scores[REWARD] = [values.tolist() for values in part.tensors.pop(REWARD)]

@@ -23,6 +23,8 @@ from align.training.step import Reference, Step, Totals
 from align.types import LossOutput, Needs, RolloutLogps, Term, checked
 
 POLICY, CRITIC = "policy", "critic"
+Said = tuple[tuple[Tensor, Tensor], Tensor | None]
+"""[N] log-probabilities and entropies of a pack's tokens under the policy, and their values; None without a critic."""
 OF_CRITIC = "value/"
 """How names of metrics of the critic begin."""
 
@@ -43,11 +45,17 @@ class OneRole(Pack):
         return cls(**{f.name: getattr(pack, f.name) for f in fields(pack)}, role=role)
 
 
+@dataclass(frozen=True)
 class RolloutStep(Step):
     """A method on rollouts bound to its settings.
 
     Examples are prompts with what was drawn for them; a text to mix in (PPO-ptx) is an example without.
+
+    Attributes:
+        said: What `run` gave for the only pack of this step already, its graph included.
     """
+
+    said: Said | None = None
 
     def packs(self, examples: Sequence[Example]) -> Sequence[Pack]:
         """Packs of texts, then packs of completions."""
@@ -101,10 +109,14 @@ class RolloutStep(Step):
         if isinstance(pack, OneRole):
             return self._one_role(model, pack, own)
         if isinstance(own[0], RolloutExample):
-            (policy, entropy), values = self._both(model, pack, self._policy, token_values)
+            (policy, entropy), values = self.said or self.run(model, pack)
             return self._loss(own, policy, entropy, values)
         logps, idle = self._both(model, pack, token_logps, _idle)
         return self._text(logps if idle is None else logps + idle.sum(), pack)
+
+    def run(self, model: Any, pack: Pack) -> Said:
+        """What policy and critic say of a pack of completions, with a graph."""
+        return self._both(model, pack, self._policy, token_values)
 
     def _one_role(self, model: Any, pack: OneRole, own: Sequence[Any]) -> LossOutput:
         """The terms that depend on one role; for the other stands what it said at the rollout.

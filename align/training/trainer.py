@@ -32,10 +32,11 @@ from align.spec.train import ValidationSettings
 from align.training import checkpoint as ckpt
 from align.training import collectives
 from align.training.guards import FiniteGradients, Preempted, StopRequest, refuse_non_finite
-from align.training.metrics import MetricsFile
+from align.training.metrics import LeftOut, MetricsFile
 from align.training.online import Online
 from align.training.optimizer import set_apart
 from align.training.reference import References, starting_kl
+from align.training.rollout_step import RolloutStep
 from align.training.schedule import RolloutSchedule, Schedule, StepDataset
 from align.training.step import Reference, Step, Totals, pooled_means, scaled_loss
 
@@ -126,6 +127,7 @@ class AlignTrainer(Trainer):
         self._gradients = FiniteGradients(p for p in model.parameters() if p.requires_grad)
         self._metrics = Totals()
         self._tokens, self._since = 0, time.monotonic()
+        self._left_out = LeftOut()
         stage = self.accelerator.state.deepspeed_plugin.zero_stage if self.is_deepspeed_enabled else 0
         self._launch = {"zero": stage, "processes": collectives.world_size()}
 
@@ -155,7 +157,7 @@ class AlignTrainer(Trainer):
             ckpt.check_launch(found, self._launch)
             self.resumed_from_step = ckpt.step_of(found)
             logger.info("resuming from step %d", self.resumed_from_step)
-            self.report.resumed_from_step = self.resumed_from_step
+            self.report.resumed_from_step = self._left_out.since = self.resumed_from_step
             if self.online is not None:
                 self.online.load(found)
         if collectives.rank() == 0:
@@ -250,12 +252,17 @@ class AlignTrainer(Trainer):
         """
         model.train()
         step = self.state.global_step
+        bound = self.step
         if self.online is not None:
-            if (drawn := self.online.prepare(model, step, self.step.packing)) is not None:
+            assert isinstance(bound, RolloutStep)
+            if (drawn := self.online.prepare(model, step, bound)) is not None:
+                super().log(dict(drawn))  # to the trackers
                 self._write({"step": step, **drawn})
             if self.online.skips(step):
                 self._agree([], [])
+                self._left_out.count += 1
                 return torch.zeros((), device=self.args.device)
+            bound = replace(bound, said=self.online.take_said())
         examples = self._examples(inputs)
         references = [self.references["train"][i] for i in inputs] if self.reference_role else None
         packs = list(self.step.packs(examples))
@@ -269,7 +276,7 @@ class AlignTrainer(Trainer):
             last = i == rounds - 1
             with contextlib.nullcontext() if last or engine else no_sync():
                 if i < len(packs):
-                    output = self.step.terms(model, packs[i].to(device), examples, references, statistics)
+                    output = bound.terms(model, packs[i].to(device), examples, references, statistics)
                     loss = scaled_loss(output, weights)
                     metrics.add(output.metrics)
                     self._tokens += packs[i].tokens
@@ -393,7 +400,9 @@ class AlignTrainer(Trainer):
             logs |= pooled_means(part for part, _ in parts)
             logs["tokens_per_second"] = sum(tokens for _, tokens in parts) / elapsed
             self._metrics, self._tokens, self._since = Totals(), 0, time.monotonic()
-            self.report(self.state.global_step, self.state.max_steps, f"loss {logs['loss']:.4f}")
+            self._left_out.correct(logs, self.state.global_step)
+            said = f"loss {logs['loss']:.4f}" if "loss" in logs else "updates left out: the policy has moved enough"
+            self.report(self.state.global_step, self.state.max_steps, said)
         super().log(logs, start_time)
         self._write({"step": self.state.global_step, **logs})
 

@@ -88,10 +88,8 @@ def test_all_that_lives_is_counted(bases: int, tmp_path: Path) -> None:
     """Between two steps there are bases, adapters, heads, moments and the rollout, and no other tensor."""
     shape, before = tiny(), live()
     arm = Arm.on_four_bases(shape, CPU) if bases == 4 else Arm.on_one_base(build_base(shape, CPU), shape, CPU)
-    packing = arm.packing()
-    rollouts = Rollouts(arm, TASK, tmp_path)
-    rollouts.prepare(arm.model, 0, packing)
-    updates = ppo_updates(arm, TASK, packing)
+    rollouts, updates = Rollouts(arm, TASK, tmp_path), ppo_updates(arm, TASK, arm.packing())
+    rollouts.prepare(arm.model, 0, updates.step)
     updates.take(rollouts.examples(0, range(TASK.trained)))
     drawn = held_bytes(t for t in vars(rollouts.buffer.rollout).values() if isinstance(t, torch.Tensor))
     drawn += held_bytes([rollouts.buffer.made.advantages, rollouts.buffer.made.returns])

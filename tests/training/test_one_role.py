@@ -42,7 +42,7 @@ def test_in_turns_or_at_once_is_the_same(base, tmp_path, checkpointing):
 def test_a_pack_in_turns_has_the_terms_and_the_gradient_of_its_role(base, tmp_path):
     trainer = Run(base, tmp_path, "ppo", settings=ENTROPY, pack_tokens=20).trainer()
     model, step = trainer.model, trainer.step
-    trainer.online.prepare(model, 0, step.packing)
+    trainer.online.prepare(model, 0, step)
     examples = trainer.online.examples(0, range(5))
     packs = step.packs(examples)
     taken = [each for each in packs if isinstance(each, OneRole)]

@@ -90,8 +90,9 @@ def test_a_policy_that_has_moved_far_enough_waits_for_the_next_rollout(base, tmp
     assert (two["online"]["stopped"], three["online"]["stopped"]) == (0, 0)
     assert same(two["state"], three["state"]), "an update that is left out changes no weight"
     assert whole["online"]["stopped"] == 1
-    told = [line for line in lines(run.work) if "loss" in line]
-    assert [line["loss"] == 0 and "policy/approx_kl" not in line for line in told] == [False, False, True] * 2
+    told = [line for line in lines(run.work) if "learning_rate" in line]
+    assert [line.get("update/left_out") for line in told] == [None, None, 1.0] * 2
+    assert ["loss" in line for line in told] == ["policy/approx_kl" in line for line in told] == [True, True, False] * 2
     cut = replace(run, work=tmp_path / "cut", save_every=2, parameter_hook=stop_at(3))
     with pytest.raises(KeyboardInterrupt):
         fit(0, 1, cut)
@@ -160,7 +161,7 @@ def test_every_log_probability_is_taken_at_the_temperature(base, tmp_path):
     run = Run(base, tmp_path, "ppo", steps=3, settings={"generation": generation, "missing_eos": "keep"})
     trainer = run.trainer()
     trainer.fit()
-    trainer.online.prepare(trainer.model, 3, "rows")  # with the weights that there are now, and without an update
+    trainer.online.prepare(trainer.model, 3, trainer.step)  # with the weights that there are now, and without an update
     rollout, step, model = trainer.online.buffer.rollout, trainer.step, trainer.model
     asked = [trainer.online.buffer.prompts[p] for p in rollout.prompt.tolist()]
     with torch.no_grad():
@@ -200,7 +201,7 @@ def test_texts_are_mixed_in_with_their_weight(base, tmp_path):
     settings = {"ptx": "x", "ptx_weight": 0.7, "generation": generation, "missing_eos": "keep"}
     trainer = Run(base, tmp_path, "ppo", steps=1, settings=settings, texts=10).trainer()
     online, step, model = trainer.online, trainer.step, trainer.model
-    online.prepare(model, 0, "rows")
+    online.prepare(model, 0, step)
     seen = []
     for number in range(2):
         examples = online.examples(number, trainer.train_dataset[number])
