@@ -41,6 +41,7 @@ from align.rollout import get_engine, sample
 from align.spec.model import TokenizerSettings
 from align.spec.stages import GenerationSettings
 from bench.clock import in_turns, ratio, seconds
+from bench.flips import FEW, MANY, Flips, flips
 from bench.worlds import SHAPES, Shape
 
 DEFAULTS = {"cpu": ["small"], "cuda": ["small", "qwen-0.5b"]}
@@ -298,15 +299,30 @@ def gate(shape: Shape, device: torch.device) -> list[str]:
     failures = [
         f"{name} draws other lengths than it should" for name, own in counted.items() if not _as_said(world, own)
     ]
-    world.base = random_base(shape, device, torch.float32, layers=min(4, shape.layers))
-    world.base.model.norm.weight.mul_(4)  # far from uniform, so that rounding decides nothing
-    world.roles = RoleModel(world.base)
-    world.roles.add_base_role("policy")
+    _be_random(world, shape, torch.float32)
     greedy = {name: arm(world, world.settings(temperature=0.0, batch_size=10)) for name, arm in arms(world).items()}
     failures += [f"{name} is not generate" for name, own in greedy.items() if own != greedy["generate"]]
     if len({tuple(ids) for own in greedy["generate"] for ids in own}) < len(world.prompts) // 2:
         failures.append("greedy completions are too much alike to tell anything")
     return failures
+
+
+def _be_random(world: World, shape: Shape, dtype: torch.dtype) -> None:
+    """Put a model that says what its random weights say into the world."""
+    world.base = random_base(shape, world.device, dtype, layers=min(4, shape.layers))
+    world.base.model.norm.weight.mul_(4)  # far from uniform, so that rounding decides nothing when it is greedy
+    world.roles = RoleModel(world.base)
+    world.roles.add_base_role("policy")
+
+
+def flips_of(shape: Shape, device: torch.device, completions: int) -> dict[str, Flips]:
+    """dtype -> how often a token depends on what is drawn beside it."""
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        world = World(shape, Case(prompt=24, k=1, completions=completions // 2, longest=48, mean=24), device, dtype)
+        _be_random(world, shape, dtype)
+        found[str(dtype).removeprefix("torch.")] = flips(world.roles, world.prompts, world.tokenizer, 48)
+    return found
 
 
 def _as_said(world: World, drawn: list[list[list[int]]]) -> bool:
@@ -407,6 +423,10 @@ def _shape(console: Console, name: str, device: torch.device, options: Any) -> I
         yield {"shape": name, "failures": failures}
         return
     console.print(f"{name}: gate passed in fp32: greedy completions of all arms are the same, token for token")
+    flipped = flips_of(shape, device, 16 if options.quick else 256)
+    told = "; ".join(f"{dtype}: {found}" for dtype, found in flipped.items())
+    console.print(f"{name}: drawn {MANY} and {FEW} rows side by side: {told}")
+    yield {"shape": name, "failures": [], "flips": {t: asdict(f) for t, f in flipped.items()}}
     dtype = torch.bfloat16 if SHAPES[name].quantized else torch.float32
     for case in CASES:
         if (options.prompt and case.prompt not in options.prompt) or (options.k and case.k not in options.k):

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import rollout
+from align.rollout import Sampled
+from bench import flips, rollout
 from bench.rollout import Case, World
 from bench.worlds import SHAPES
 
@@ -21,8 +22,11 @@ def test_a_run_tells_everything(tmp_path: Path, capsys: pytest.CaptureFixture[st
     code = rollout.main(["--shape", "small", "--quick", "--prompt", "128", "--json", str(tmp_path / "figures.json")])
     record = json.loads((tmp_path / "figures.json").read_text())
     assert code == 0
-    assert [case["case"]["k"] for case in record["cases"]] == [1, 8]
-    for case in record["cases"]:
+    flipped, *cases = record["cases"]
+    assert flipped["flips"]["float32"]["differing"] == 0
+    assert flipped["flips"]["bfloat16"]["tokens"] > 100
+    assert [case["case"]["k"] for case in cases] == [1, 8]
+    for case in cases:
         assert {"ours", "generate", "generate, static", "generate_batch", "ours, batches"} <= case["arms"].keys()
         for arm in case["arms"].values():
             assert arm["tokens_per_second"] == pytest.approx(case["tokens"] / arm["median"])
@@ -65,3 +69,12 @@ def test_lengths_are_lognormal() -> None:
     drawn = torch.tensor(replace(rollout.CASES[0], longest=10_000).lengths(4000), dtype=torch.float64)
     assert float(drawn.mean()) == pytest.approx(48, rel=0.02)
     assert float(drawn.std() / drawn.mean()) == pytest.approx(0.8, rel=0.05)
+
+
+def test_a_token_is_compared_up_to_the_first_that_differs(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = {flips.MANY: [[1, 2, 3], [4, 5]], flips.FEW: [[1, 9], [4, 5]]}
+    drawn = lambda *a, **_: [[Sampled(ids, [0.0] * len(ids), True) for ids in said[a[3].batch_size]]]  # noqa: E731
+    monkeypatch.setattr(flips, "sample", drawn)
+    found = flips.flips(None, [[7]], None, 4)
+    assert (found.completions, found.differing, found.tokens) == (2, 1, 4)
+    assert str(found) == "1 of 2 completions differ, 2.5e-01 per token"
