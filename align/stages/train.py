@@ -83,9 +83,7 @@ def run(job: Job, settings: TrainedStage, store: Store, report: Any) -> None:
 
             assert isinstance(settings, PolicyStage)
             begin = _merged(job, start.of_policy(job, settings, store), material.tokenizer)
-            sets = (material.examples, material.validation)
-            tokenizer, reports = material.tokenizer, material.reports
-            train_with_trl(job, settings, store, begin, tokenizer, sets, reports, began=began, report=report)
+            train_with_trl(job, settings, store, begin, material, began=began, report=report)
             return
         _train(job, settings, store, material, report, began)
 
@@ -109,11 +107,12 @@ def _train(job: Job, settings: TrainedStage, store: Store, material: Material, r
     samples = draw_samples(job, settings, store, examples, tokenizer, report) if isinstance(settings, Reward) else ()
     asked = {"train": examples, "validation": material.validation}
     references, reward = None, None
-    schedule: Schedule | RolloutSchedule = Schedule.of(settings.train, len(examples))
+    schedule: Schedule | RolloutSchedule
     if isinstance(settings, RolloutStage):
         schedule = RolloutSchedule.of(settings, len(material.prompts))
         reward = load_own_reward(job, settings, store, tokenizer)
     else:
+        schedule = Schedule.of(settings.train, len(examples))
         references = read_second_copy(job, settings, store, asked, report)
     args = training_arguments(
         settings.train,

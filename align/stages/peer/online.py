@@ -13,11 +13,10 @@ from align.methods.rloo import RLOO
 from align.models.policies import locate
 from align.models.rewards import read_normalization
 from align.models.tokenizer import end_ids
-from align.recipe.sizes import positions_of
 from align.spec.job import Job
 from align.spec.online import RolloutStage
 from align.stages import start
-from align.stages.online import read_prompts
+from align.stages.material import Material
 from align.stages.own_reward import OwnReward, load_own_reward, shares_base
 from align.stages.peer.feed import largest_divisor, numbers
 from align.stages.peer.policy import PeerPolicy
@@ -118,7 +117,7 @@ def make_rollouts(
     settings: RolloutStage,
     policy: PeerPolicy,
     store: Store,
-    tokenizer: Any,
+    material: Material,
     metrics: MetricsFile,
     report: Any,
 ) -> Rollouts:
@@ -129,11 +128,11 @@ def make_rollouts(
         settings: Its settings, parsed.
         policy: What is trained.
         store: Where the reward model is read.
-        tokenizer: The model's.
+        material: What is asked.
         metrics: Where metrics are written.
         report: The worker's reporter.
     """
-    prompts, _ = read_prompts(job, settings, tokenizer, positions_of(policy.base.config.to_dict()), None)
+    tokenizer, prompts = material.tokenizer, material.prompts
     seats, reward = seat(job, settings, policy, store, tokenizer)
     return Rollouts(
         settings,

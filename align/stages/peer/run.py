@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from align.artifacts.store import Store
-from align.data import DataReport, Example
 from align.errors import TrainingError
 from align.methods import get_method
 from align.methods.reward import Reward
@@ -19,6 +18,7 @@ from align.spec.online import RolloutStage
 from align.spec.stages import PolicyStage
 from align.stages import start
 from align.stages.finish import publish_policy
+from align.stages.material import Material
 from align.stages.peer.feed import refuse
 from align.stages.peer.online import make_rollout_trainer, make_rollouts
 from align.stages.peer.policy import PeerPolicy
@@ -35,9 +35,7 @@ def train_with_trl(
     settings: PolicyStage,
     store: Store,
     begin: start.Start,
-    tokenizer: Any,
-    examples: tuple[Sequence[Example], Sequence[Example]],
-    reports: Mapping[str, DataReport],
+    material: Material,
     *,
     began: float,
     report: Any,
@@ -51,9 +49,7 @@ def train_with_trl(
         settings: Its settings, parsed.
         store: Where inputs are read and the artifact is added.
         begin: Where the policy starts.
-        tokenizer: Of the base.
-        examples: What is trained on, and what is held out.
-        reports: Data name -> what was read, dropped and quarantined.
+        material: What it trains on.
         began: When the stage began, on the monotonic clock.
         report: The worker's reporter.
 
@@ -63,12 +59,13 @@ def train_with_trl(
         TrainingError: A number is not finite, or a signal asked for a stop.
     """
     import_trl()
+    tokenizer, examples = material.tokenizer, (material.examples, material.validation)
     refuse(get_method(job.kind).batch, [*examples[0], *examples[1]])
     samples = draw_samples(job, settings, store, examples[0], tokenizer, report) if isinstance(settings, Reward) else ()
     metrics = MetricsFile(Path(job.work) / "metrics.jsonl")
     metrics.forget_after(0)
     policy = PeerPolicy(job, settings, begin)
-    watch, make = _prepared(job, settings, policy, store, tokenizer, examples, metrics, report)
+    watch, make = _prepared(job, settings, policy, store, material, metrics, report)
     try:
         trainer = make()
         trainer.train()
@@ -99,7 +96,7 @@ def train_with_trl(
         state=state,
         steps=steps,
         packing=TRL,
-        reports=reports,
+        reports=material.reports,
         judgement=judgement,
         seconds=time.monotonic() - began,
     )
@@ -110,17 +107,16 @@ def _prepared(
     settings: PolicyStage,
     policy: PeerPolicy,
     store: Store,
-    tokenizer: Any,
-    examples: tuple[Sequence[Example], Sequence[Example]],
+    material: Material,
     metrics: MetricsFile,
     report: Any,
 ) -> tuple[Watch, Callable[[], Any]]:
     """What watches the trainer, and what makes it."""
     if isinstance(settings, RolloutStage):
-        drawn = make_rollouts(job, settings, policy, store, tokenizer, metrics, report)
+        drawn = make_rollouts(job, settings, policy, store, material, metrics, report)
         watch = Watch(metrics, report, drawn.rows, drawn.names)
         return watch, partial(make_rollout_trainer, job, settings, policy, store, drawn, watch)
-    trained = examples[0]
+    trained, examples = material.examples, (material.examples, material.validation)
     schedule = Schedule.of(settings.train, len(trained))
     watch = Watch(metrics, report, lambda step: [trained[i].row for i in schedule.indices(step)])
-    return watch, partial(make_trainer, job, settings, policy, store, tokenizer, examples, watch)
+    return watch, partial(make_trainer, job, settings, policy, store, material.tokenizer, examples, watch)
