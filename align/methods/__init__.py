@@ -125,6 +125,9 @@ def _complaints(
         has = "has a" if "reference" in fields else "has no"
         fix = f"write reference={not reference}, or " + ("mix in" if reference else "leave out") + " `Referenced`"
         yield f"reference={reference}, but {name} {has} field `reference`", fix
+    if reference and batch in (Batch.TOKENS, Batch.RANKED):
+        fix = "write reference=False and leave out `Referenced`, or take PAIRED or UNPAIRED"
+        yield f"reference=True, but a batch of {batch.name} hands no reference over", fix
     if Needs.PROMPT_LOGPS in needs and "loss_on" not in fields:
         fix = 'add `loss_on: Literal["completion", "all"] = "completion"`, or leave PROMPT_LOGPS out'
         yield f"Needs.PROMPT_LOGPS is read under `loss_on: all`, and {name} has no field `loss_on`", fix

@@ -60,6 +60,10 @@ class Against(PairedStage, Referenced):
     kind: Literal["mine"] = "mine"
 
 
+class Listed(RankedStage, Referenced):
+    kind: Literal["mine"] = "mine"
+
+
 class Prompted(PairedStage):
     kind: Literal["mine"] = "mine"
     loss_on: Literal["completion", "all"] = "completion"
@@ -157,6 +161,7 @@ def test_what_fits_is_registered(
         (NoStage, Batch.TOKENS, (), False, "goes with TokensStage"),
         (Paired, Batch.PAIRED, (), True, "reference=True, but Paired has no field `reference`"),
         (Against, Batch.PAIRED, (), False, "reference=False, but Against has a field `reference`"),
+        (Listed, Batch.RANKED, (), True, "reference=True, but a batch of RANKED hands no reference over"),
         (Paired, Batch.PAIRED, (Needs.LOGPS, Needs.PROMPT_LOGPS), False, "Paired has no field `loss_on`"),
         (Paired, Batch.PAIRED, (Needs.REWARDS,), False, "Needs.REWARDS comes with batch=Batch.RANKED only"),
         (
