@@ -45,7 +45,7 @@ real: $(INSTALLED) ## a recipe on a published model (RECIPE=recipes/real/...)
 	@$(BIN)/align run $(RECIPE)
 
 test: lint ## lint, types, import contracts and the test suite
-	@$(TEST_ENV) $(BIN)/python -m pytest -q -n auto --dist loadfile
+	@$(TEST_ENV) $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED_DEV) ## ruff, mypy and the import contracts
 	@$(BIN)/ruff check -q
