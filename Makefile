@@ -15,7 +15,7 @@ TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help quickstart quickstart-seeds quickstart-methods quickstart-rlhf bench-preference bench-rlhf bench-rollout real test lint format clean
+.PHONY: help quickstart quickstart-seeds quickstart-methods quickstart-rlhf bench-preference bench-rlhf bench-rollout real test test-long lint format clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -46,6 +46,9 @@ real: $(INSTALLED) ## a recipe on a published model (RECIPE=recipes/real/...)
 
 test: lint ## lint, types, import contracts and the test suite
 	@$(TEST_ENV) $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
+
+test-long: $(INSTALLED_DEV) ## the rest of the matrices whose corners `make test` runs
+	@$(TEST_ENV) $(BIN)/python -m pytest -q -m long
 
 lint: $(INSTALLED_DEV) ## ruff, mypy and the import contracts
 	@$(BIN)/ruff check -q

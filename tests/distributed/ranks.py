@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import queue
@@ -17,6 +18,7 @@ from align.training.distributed import process_group
 def _rank(
     rank: int, world: int, port: int, function: Callable[..., Any], args: tuple, deepspeed: bool, out: Any
 ) -> None:
+    gc.freeze()  # DeepSpeed collects at its start, and would go through all that the parent has made
     # One rank without DeepSpeed is what `python` alone starts: no process group at all.
     if world > 1 or deepspeed:
         os.environ.update(

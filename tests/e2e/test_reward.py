@@ -84,7 +84,7 @@ def test_peft_loads_it(cli):
             )
 
 
-@pytest.mark.parametrize("deepspeed", ["zero2", "zero3"])
+@pytest.mark.parametrize("deepspeed", [pytest.param("zero2", marks=pytest.mark.long), "zero3"])
 def test_two_processes_make_the_same_one(deepspeed, cli, tmp_path):
     two = Cli(tmp_path / "two")
     two.folder.mkdir()

@@ -127,12 +127,16 @@ def test_the_adapter_loads_in_plain_peft_and_says_what_align_says(tiny_run):
     assert generate(roles, "dpo", [prompt], greedy, tokenizer)[0] == said
 
 
-@pytest.mark.parametrize("deepspeed", ["none", "zero2", "zero3"])
-def test_two_processes_through_the_command_line(deepspeed, tiny_run, tmp_path):
+@pytest.mark.parametrize(
+    ("sft", "dpo"),
+    [("zero2", "zero3"), *(pytest.param(each, each, marks=pytest.mark.long) for each in ("none", "zero2", "zero3"))],
+)
+def test_two_processes_through_the_command_line(sft, dpo, tiny_run, tmp_path):
     """SFT then DPO on two ranks give the losses of one process; the saved adapter is whole."""
     cli = copy_of(tiny_run, tmp_path / "two")
-    launch = f"launch={{processes: 2, deepspeed: {deepspeed}}}"
-    sets = [f"stages.sft.{launch}", f"stages.dpo.{launch}", "name=two"]
+    launched = {"sft": sft, "dpo": dpo}
+    sets = [f"stages.{stage}.launch={{processes: 2, deepspeed: {each}}}" for stage, each in launched.items()]
+    sets.append("name=two")
     cli.run(*(word for s in sets for word in ("--set", s)), "--from", "sft", "--until", "dpo")
     for stage in ("sft", "dpo"):
         alone, two = losses(tiny_run.stage(stage)), losses(cli.stage(stage, "two"))
