@@ -78,7 +78,7 @@ def beam(
 
 def _search(causal_lm: Any, request: Request, groups: int, penalty: float, *_: Any) -> list[list[Sampled]]:
     """Runs inside `RoleModel.forward`."""
-    reason = why_not(causal_lm, request.longest + request.settings.max_new_tokens)
+    reason = why_not(causal_lm, request.longest + request.settings.max_new_tokens, request.synced)
     if reason is not None:
         logger.warning("beams are computed anew at every step, without a cache, which is slow: %s", reason)
     found, ends = Found(request), request.ends(causal_lm)

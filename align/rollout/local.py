@@ -66,7 +66,7 @@ def sample(
 
 def _complete(causal_lm: Any, request: Request, *_: Any) -> list[list[Sampled]]:
     """Runs inside `RoleModel.forward`, which hands the scalar head of a role that has one to everybody."""
-    reason = why_not(causal_lm, request.longest + request.settings.max_new_tokens)
+    reason = why_not(causal_lm, request.longest + request.settings.max_new_tokens, request.synced)
     if reason is not None:
         logger.warning("completions are drawn by transformers' generate, which is slower: %s", reason)
         return padded.complete(causal_lm, request)

@@ -11,6 +11,7 @@ from torch import Tensor
 from align.logps.engine import TOLERANCE
 from align.logps.precision import computed_in
 from align.rollout.decoder import Decoder
+from align.rollout.engine import Synced
 from align.rollout.kv import rollout_attention
 from align.rollout.sampling import Sampler
 from align.spec.stages import GenerationSettings
@@ -18,7 +19,7 @@ from align.spec.stages import GenerationSettings
 _proven: WeakKeyDictionary[Any, str | None] = WeakKeyDictionary()
 
 
-def why_not(causal_lm: Any, tokens: int) -> str | None:
+def why_not(causal_lm: Any, tokens: int, synced: Synced | None = None) -> str | None:
     """Why a model cannot be decoded by the loop; None if it can.
 
     The first answer of a model is kept: what it says does not depend on weights. Every rank has to ask.
@@ -26,8 +27,11 @@ def why_not(causal_lm: Any, tokens: int) -> str | None:
     Args:
         causal_lm: The model as a role sees it, in eval mode, without gradients.
         tokens: Of the longest prompt with its completion.
+        synced: Says whether any rank has a reason, where all ranks have to draw alike (ZeRO-3).
     """
     reason = _unfit(causal_lm.config.get_text_config(), tokens)
+    if synced is not None and synced(reason is not None) and reason is None:
+        reason = "another rank has longer prompts, and all have to draw alike"
     if reason is not None:
         return reason
     body = causal_lm.model

@@ -48,7 +48,7 @@ def draw(rank: int, world: int, folder: Path, wrapper: str, share: list[list[int
         optimizer = torch.optim.SGD([p for p in roles.parameters() if p.requires_grad], lr=0.5)
         model, *_ = deepspeed.initialize(model=roles, optimizer=optimizer, config=config(wrapper))
         assert any(hasattr(p, "ds_id") for p in roles.parameters()) == (wrapper == "zero3")
-    if how == "generate":
+    if how == "generate" or (how == "one generates" and rank == 1):
         proof._unfit = lambda *_: "the test says so"
     own = share[rank]
     prompts = [[5 + (7 * i * t) % 250 for t in range(1, 3 + 2 * i)] for i in own]
@@ -66,9 +66,10 @@ def draw(rank: int, world: int, folder: Path, wrapper: str, share: list[list[int
 @pytest.fixture(scope="module")
 def alone(folders) -> dict[str, dict[int, Any]]:
     one = [[*range(8)]]
-    return {
+    found = {
         how: run_ranks(draw, folders["qwen2"], "none", one, how, world=1)[0] for how in ("loop", "generate", "beam")
     }
+    return found | {"one generates": found["generate"]}
 
 
 @pytest.mark.parametrize(
@@ -80,6 +81,7 @@ def alone(folders) -> dict[str, dict[int, Any]]:
         ("zero3", "uneven", "loop"),
         ("zero3", "nothing", "loop"),
         ("zero3", "uneven", "generate"),
+        ("zero3", "uneven", "one generates"),
         ("zero3", "uneven", "beam"),
     ],
 )
