@@ -15,6 +15,8 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 
 from pydantic import Field, ValidationError
@@ -27,16 +29,25 @@ from align.spec.base import Settings
 ENGINE = 1
 """Raised when the same weights and tokens would give other log-probabilities: everything is computed anew."""
 
+LIBRARIES = ("bitsandbytes", "peft", "torch", "transformers")
+"""What computes them: another version may round otherwise, or mend a mistake."""
+
 LOCK = ".lock"
 POLICY = "policy.json"
 COMPLETE = "complete"
 KEY_DIGITS = 32
 
 
+@cache
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in LIBRARIES}
+
+
 class PolicyKey(Settings):
     """Everything but the tokens that a log-probability depends on, by content."""
 
     engine: int = Field(default_factory=lambda: ENGINE)
+    libraries: dict[str, str] = Field(default_factory=lambda: dict(_versions()))
     base: str
     """Digest of its weights and configuration, or its Hub name at a commit."""
     quantization: str
@@ -46,6 +57,11 @@ class PolicyKey(Settings):
     """Digest of its weights and configuration; None for the base alone."""
     tokenizer: str
     """Digest of its files, or its Hub name at a commit."""
+
+    @property
+    def current(self) -> bool:
+        """Whether this engine and these libraries would compute the same."""
+        return self.engine == ENGINE and self.libraries == _versions()
 
     @property
     def name(self) -> str:
@@ -107,7 +123,7 @@ class ReferenceCaches:
         found: dict[str, int] = {}
         for folder in self.folders():
             policy = _read(folder)
-            if policy is None or owner not in policy.owners or policy.key.engine != ENGINE:
+            if policy is None or owner not in policy.owners or not policy.key.current:
                 continue
             if self._intact(policy.owners[owner]):
                 found |= dict(_complete(folder))

@@ -33,6 +33,7 @@ BASE, SFT, OTHER = ("1" * 64, "2" * 64, "3" * 64)
     ("field", "value"),
     [
         ("engine", reference.ENGINE + 1),
+        ("libraries", KEY.libraries | {"transformers": "0"}),
         ("base", "c"),
         ("quantization", "none"),
         ("dtype", "bfloat16"),
@@ -47,7 +48,9 @@ def test_every_ingredient_makes_another_folder(field: str, value: object) -> Non
 
 def test_the_ingredients_are_all_there_are() -> None:
     """A new one needs a case above."""
-    assert set(PolicyKey.model_fields) == {"engine", "base", "quantization", "dtype", "adapter", "tokenizer"}
+    assert set(PolicyKey.model_fields) == {
+        "engine", "libraries", "base", "quantization", "dtype", "adapter", "tokenizer",
+    }  # fmt: skip
 
 
 def test_ingredients_do_not_run_into_each_other() -> None:
@@ -213,9 +216,15 @@ def test_one_of_two_owners_is_enough(store: Store, cache: Path) -> None:
     assert collected(store) == {"artifact", "reference"}
 
 
-def test_another_engine_tells_nothing(store: Store, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "other"), [("ENGINE", reference.ENGINE + 1), ("_versions", lambda: KEY.libraries | {"torch": "0"})]
+)
+def test_another_engine_tells_nothing(
+    name: str, other: object, store: Store, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     keep_complete(cache, "asked", 7)
-    monkeypatch.setattr(reference, "ENGINE", reference.ENGINE + 1)
+    assert store.references.complete(SFT) == {"asked": 7}
+    monkeypatch.setattr(reference, name, other)
     assert store.references.complete(SFT) == {}
 
 
