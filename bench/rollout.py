@@ -54,6 +54,7 @@ NOTES = {
     "generate_batch": "transformers, continuous batching, at k > 1 with the first token in the prompt",
 }
 OTHER_LENGTHS = "{} draws other lengths than it should"
+NOT_EXACT = "in fp32 on a CPU a completion depends on what is drawn beside it"
 PAD, END, FIRST = 0, 1, 4
 """Token ids: padding, the end, and the one that counts 1."""
 CERTAIN = 60.0
@@ -426,7 +427,8 @@ def _shape(console: Console, name: str, device: torch.device, options: Any) -> I
     flipped = flips_of(shape, device, 16 if options.quick else 256)
     told = "; ".join(f"{dtype}: {found}" for dtype, found in flipped.items())
     console.print(f"{name}: drawn {MANY} and {FEW} rows side by side: {told}")
-    yield {"shape": name, "failures": [], "flips": {t: asdict(f) for t, f in flipped.items()}}
+    failures = [NOT_EXACT] if device.type == "cpu" and flipped["float32"].differing else []
+    yield {"shape": name, "failures": failures, "flips": {t: asdict(f) for t, f in flipped.items()}}
     dtype = torch.bfloat16 if SHAPES[name].quantized else torch.float32
     for case in CASES:
         if (options.prompt and case.prompt not in options.prompt) or (options.k and case.k not in options.k):

@@ -20,6 +20,9 @@ from align.rollout.sampling import Sampler
 
 GRAPH_WIDTH = 64
 """A graph is made for own tokens in steps of this."""
+CPU_ROWS, CPU_WIDTH = 4, 32
+"""What rows and widths are multiples of on a CPU: products of one to three rows, and those whose last columns do not fill
+a vector, add up in another order than larger ones. So what is drawn does not depend on what is drawn beside it."""
 
 
 class Decoder:
@@ -52,8 +55,9 @@ class Decoder:
     ) -> None:
         self.causal_lm, self.sampler, self.pad_id = causal_lm, sampler, pad_id
         self.device = next(causal_lm.parameters()).device
-        self.rows, self.new_tokens, self.slots, self.prompt_keys = rows, new_tokens, slots, prompt_tokens - 1
-        row_tokens = new_tokens if slots else new_tokens + self.prompt_keys
+        self.rows, self.new_tokens, self.slots = rows, new_tokens, slots
+        self.prompt_keys = self._wide(prompt_tokens - 1)
+        row_tokens = self._wide(new_tokens if slots else new_tokens + prompt_tokens - 1)
         self.kv = KV(rows, row_tokens, slots, self.prompt_keys, self.device)
         self.graphs = StepGraphs() if graphs else None
         self.ends = torch.tensor(sorted(ends), device=self.device)
@@ -66,6 +70,10 @@ class Decoder:
         """[B, R] what was drawn."""
         self.draws = None if sampler.greedy else zeros(rows, new_tokens, dtype=torch.float64)
 
+    def _wide(self, width: int) -> int:
+        """A width, rounded up on a CPU."""
+        return width if self.device.type == "cuda" else -(-width // CPU_WIDTH) * CPU_WIDTH
+
     # Rows and prompts ------------------------------------------------------------------------------------------------
 
     def prefill(self, prompts: Sequence[Sequence[int]], places: Sequence[int]) -> None:
@@ -75,10 +83,12 @@ class Decoder:
             prompts: Token ids.
             places: The slot of each, or its row.
         """
-        width = max(map(len, prompts)) - 1
+        longest = max(map(len, prompts)) - 1
+        width = self._wide(longest)
         input_ids = torch.tensor([[*p[:-1], *[self.pad_id] * (width + 1 - len(p))] for p in prompts])
         self.kv.prefill(torch.tensor(places, device=self.device))
-        self._forward(input_ids.to(self.device), torch.arange(width, device=self.device).expand(len(prompts), -1))
+        positions = torch.arange(width, device=self.device).clamp(max=longest - 1)  # of those that a model has
+        self._forward(input_ids.to(self.device), positions.expand(len(prompts), -1))
 
     def idle(self) -> None:
         """A pass for nothing, while other ranks need this one."""
@@ -118,8 +128,12 @@ class Decoder:
         in_use = [slot for slot in slot_of_row if slot is not None]
         used, width = self.slots, self.prompt_keys
         if self.graphs is None:  # graphs want the same shapes in every step
-            used, most = max(in_use, default=0) + 1, max(Counter(in_use).values(), default=1)
-            width = max((keys_in_slot[slot] for slot in in_use), default=0)
+            used, width = (
+                max(in_use, default=0) + 1,
+                self._wide(max((keys_in_slot[slot] for slot in in_use), default=0)),
+            )
+            if self.device.type == "cuda":
+                most = max(Counter(in_use).values(), default=1)
         members, place, counts = [[0] * most for _ in range(used)], [0] * self.rows, [0] * used
         for row, slot in enumerate(slot_of_row):
             if slot is not None:
@@ -157,7 +171,7 @@ class Decoder:
             For each row whether it has just ended, by a token or at its limit.
         """
         if self.graphs is None:
-            return self._step(width).tolist()
+            return self._step(self._wide(width)).tolist()
         width = min(-(-width // GRAPH_WIDTH) * GRAPH_WIDTH, self.kv.sizes["own"][1])
         run: Callable[[], Tensor] = lambda: self._step(width)  # noqa: E731
         return self.graphs(width, run).tolist()

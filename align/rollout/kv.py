@@ -104,8 +104,10 @@ class KV(Cache):
         out = weights.to(values.dtype) @ values
         if self.prompts is not None and self.prompts.width:
             before, size_before = self._attend_prompts(layer, query)
-            # The two parts share one normaliser: each counts as much as its exponentials weigh.
-            out = out.lerp(before.to(out.dtype), (size_before - _size(scores, weights)).sigmoid().to(out.dtype))
+            # The two parts share one normaliser: each counts as much as its exponentials weigh. By softmax: on a CPU a
+            # sigmoid rounds otherwise where the last numbers of a tensor do not fill a vector.
+            share = torch.cat([_size(scores, weights), size_before], -1).softmax(-1)[..., 1:]
+            out = out.lerp(before.to(out.dtype), share.to(out.dtype))
         return out.flatten(1, 2)[:, None]
 
     def _attend_prompts(self, layer: int, query: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from align.rollout.decoder import Decoder
+from align.rollout.decoder import CPU_ROWS, Decoder
 from align.rollout.engine import Sampled
 from align.rollout.request import Found, Request
 from align.rollout.sampling import Sampler
@@ -59,12 +59,14 @@ class Loop:
         self.queue = deque((i, k) for i in order for k in range(request.completions))
         self.left = [request.completions] * len(request.prompts)
         """Completions of each prompt that are not done."""
-        rows = max(1, min(rows, request.total))
+        device = next(causal_lm.parameters()).device
+        self.together = 1 if device.type == "cuda" else CPU_ROWS
+        """What the number of rows is a multiple of."""
+        rows = self._rows(min(rows, request.total))
         # A prompt stays until its last completion is done: about twice as many are there as rows would need.
         slots = 0
         if request.completions > 1:
             slots = max(1, min(rows, len(request.prompts), 4 * -(-rows // request.completions)))
-        device = next(causal_lm.parameters()).device
         self.decoder = Decoder(
             causal_lm,
             Sampler(request.settings),
@@ -97,6 +99,9 @@ class Loop:
     def _going(self) -> bool:
         own = bool(self.queue or self.live)
         return own if self.request.synced is None else self.request.synced(own)
+
+    def _rows(self, rows: int) -> int:
+        return max(1, -(-rows // self.together)) * self.together
 
     # Beginning -------------------------------------------------------------------------------------------------------
 
@@ -193,18 +198,19 @@ class Loop:
         self.found.tell()
         self._measure()
         share = SHRINK_GRAPHS if self.decoder.graphs else SHRINK
-        if not self.queue and 0 < self.live <= share * len(self.rows):
+        if not self.queue and self.live and self._rows(self.live) <= share * len(self.rows):
             self._shrink()
 
     def _shrink(self) -> None:
         """Close up the rows that go on, and their prompts."""
         kept = [b for b, row in enumerate(self.rows) if row is not None]
+        kept += [b for b, row in enumerate(self.rows) if row is None][: self._rows(len(kept)) - len(kept)]
         self.rows = [self.rows[b] for b in kept]
         slots = sorted({row.slot for row in self.rows if row is not None}) if self.decoder.slots else kept
         place = {slot: i for i, slot in enumerate(slots)}
         for row in self.rows:
-            assert row is not None
-            row.slot = place[row.slot]
+            if row is not None:
+                row.slot = place[row.slot]
         self.decoder.take(kept, slots)
         self.keys = [self.keys[slot] for slot in slots]
         self.free_slots, self.slot_of = set(), {prompt: place[slot] for prompt, slot in self.slot_of.items()}
