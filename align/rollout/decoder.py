@@ -21,8 +21,8 @@ from align.rollout.sampling import Sampler
 GRAPH_WIDTH = 64
 """A graph is made for own tokens in steps of this."""
 CPU_ROWS, CPU_WIDTH = 4, 32
-"""What rows and widths are multiples of on a CPU: products of one to three rows, and those whose last columns do not fill
-a vector, add up in another order than larger ones. So what is drawn does not depend on what is drawn beside it."""
+"""What rows and widths are multiples of on a CPU: products of one to three rows, and those whose last columns do not
+fill a vector, add up in another order than larger ones. So what is drawn does not depend on what is drawn beside it."""
 
 
 class Decoder:
