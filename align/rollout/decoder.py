@@ -128,10 +128,8 @@ class Decoder:
         in_use = [slot for slot in slot_of_row if slot is not None]
         used, width = self.slots, self.prompt_keys
         if self.graphs is None:  # graphs want the same shapes in every step
-            used, width = (
-                max(in_use, default=0) + 1,
-                self._wide(max((keys_in_slot[slot] for slot in in_use), default=0)),
-            )
+            used = max(in_use, default=0) + 1
+            width = self._wide(max((keys_in_slot[slot] for slot in in_use), default=0))
             if self.device.type == "cuda":
                 most = max(Counter(in_use).values(), default=1)
         members, place, counts = [[0] * most for _ in range(used)], [0] * self.rows, [0] * used
