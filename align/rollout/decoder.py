@@ -169,7 +169,7 @@ class Decoder:
             For each row whether it has just ended, by a token or at its limit.
         """
         if self.graphs is None:
-            return self._step(self._wide(width)).tolist()
+            return self._step(width).tolist()
         width = min(-(-width // GRAPH_WIDTH) * GRAPH_WIDTH, self.kv.sizes["own"][1])
         run: Callable[[], Tensor] = lambda: self._step(width)  # noqa: E731
         return self.graphs(width, run).tolist()
@@ -192,7 +192,7 @@ class Decoder:
         """[B, V] logits after the last token of every row, which is appended to the cache."""
         drawn = self.length.clamp(max=self.new_tokens - 1)
         position = self.before + drawn
-        self.kv.decode(drawn if self.slots else position, width, self.prompts)
+        self.kv.decode(drawn if self.slots else position, self._wide(width), self.prompts)
         return self._forward(self.token[:, None], position[:, None])
 
     def follow(self, tokens: Tensor, origin: Sequence[int], width: int) -> None:

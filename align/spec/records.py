@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import ClassVar
 
 from align.spec.base import Produces
@@ -15,6 +16,6 @@ class RecordsStage(Stage):
     produces: ClassVar[Produces] = "records"
 
     @property
+    @abstractmethod
     def makes(self) -> Format:
         """How its records are read."""
-        raise NotImplementedError
